@@ -1,0 +1,73 @@
+// swift-tools-version:6.1
+import PackageDescription
+
+// Rooms of the data path: one thread owns every object there, so the run-time exclusivity checks find nothing
+// that the design does not already forbid, and cost a call per access.
+let dataPath: [SwiftSetting] = [
+    .unsafeFlags(["-enforce-exclusivity=unchecked", "-cross-module-optimization"], .when(configuration: .release))
+]
+
+// The Swift runtime is linked into the executables, so that they run on a host without Swift; everything else,
+// the tests among it, is compiled once with the same flags.
+let staticRuntime: [LinkerSetting] = [
+    .unsafeFlags(["-static-stdlib"], .when(configuration: .release)),
+    // What FoundationEssentials' static archive leaves to its user.
+    .linkedLibrary("_FoundationCollections", .when(configuration: .release)),
+    .linkedLibrary("_FoundationCShims", .when(configuration: .release)),
+    .linkedLibrary("swiftSynchronization", .when(configuration: .release)),
+]
+
+let package = Package(
+    name: "qbd",
+    products: [
+        .executable(name: "qbd", targets: ["qbd"]),
+        .executable(name: "qbdd", targets: ["qbdd"]),
+    ],
+    dependencies: [
+        .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.0"),
+        .package(url: "https://github.com/apple/swift-nio", from: "2.101.0"),
+        .package(url: "https://github.com/apple/swift-log", from: "1.16.0"),
+    ],
+    targets: [
+        .executableTarget(
+            name: "qbd",
+            dependencies: [
+                "Control", "Configuration",
+                .product(name: "ArgumentParser", package: "swift-argument-parser"),
+            ],
+            linkerSettings: staticRuntime),
+        .executableTarget(
+            name: "qbdd",
+            dependencies: [
+                "Control", "Volumes", "Backend", "LocalPool", "NBD", "EventLoop", "Configuration", "CLinux",
+                .product(name: "ArgumentParser", package: "swift-argument-parser"),
+                .product(name: "Logging", package: "swift-log"),
+            ],
+            linkerSettings: staticRuntime),
+        .target(
+            name: "Control",
+            dependencies: [
+                "Configuration",
+                .product(name: "NIOCore", package: "swift-nio"),
+                .product(name: "NIOPosix", package: "swift-nio"),
+                .product(name: "NIOHTTP1", package: "swift-nio"),
+            ]),
+        .target(
+            name: "Volumes",
+            dependencies: ["Backend", "NBD", "EventLoop", "CLinux", .product(name: "Logging", package: "swift-log")],
+            swiftSettings: dataPath),
+        .target(name: "Backend", dependencies: ["EventLoop"], swiftSettings: dataPath),
+        .target(name: "LocalPool", dependencies: ["Backend", "EventLoop", "CLinux"], swiftSettings: dataPath),
+        .target(name: "NBD", dependencies: ["EventLoop", "CLinux"], swiftSettings: dataPath),
+        .target(name: "EventLoop", dependencies: ["CLinux"], swiftSettings: dataPath),
+        .target(name: "Configuration"),
+        .target(name: "CLinux", linkerSettings: [.linkedLibrary(":liburing.a")]),
+        .testTarget(name: "ConfigurationTests", dependencies: ["Configuration"]),
+        .testTarget(name: "ControlTests", dependencies: ["Control"]),
+        .testTarget(name: "EventLoopTests", dependencies: ["EventLoop"]),
+        .testTarget(name: "NBDTests", dependencies: ["NBD"]),
+        .testTarget(name: "LocalPoolTests", dependencies: ["LocalPool"]),
+        .testTarget(name: "VolumesTests", dependencies: ["Volumes"]),
+    ],
+    swiftLanguageModes: [.v6]
+)
