@@ -1,0 +1,70 @@
+"""Fixtures: a fresh daemon, one that a file's tests share, and the log of both in a failure's report."""
+
+import os
+
+import pytest
+
+from harness import BIN, Daemon, QBD, QBDD, Watchdog
+
+# Daemons that live now, for the reports and the watchdog.
+live = []
+
+
+def pytest_report_header():
+    return f"qbd: {BIN}"
+
+
+def pytest_sessionstart(session):
+    for program in (QBD, QBDD):
+        if not os.access(program, os.X_OK):
+            raise pytest.UsageError(f"{program} is missing: build it, or say where with QBD_BIN_DIR")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+    outcome = yield
+    report = outcome.get_result()
+    if report.failed:
+        for daemon in live:
+            report.sections.append((f"log of qbdd {daemon.directory}", daemon.log()[-6000:]))
+
+
+@pytest.fixture(autouse=True)
+def watchdog(request):
+    marker = request.node.get_closest_marker("deadline")
+    with Watchdog(live, marker.args[0] if marker else 60):
+        yield
+
+
+@pytest.fixture
+def new_daemon(watchdog):
+    """Makes daemons that have not been started yet."""
+    made = []
+
+    def make(**options):
+        daemon = Daemon(**options)
+        made.append(daemon)
+        live.append(daemon)
+        return daemon
+
+    yield make
+    failures = []
+    for daemon in made:
+        try:
+            daemon.finish()
+        except AssertionError as failure:
+            failures.append(str(failure))
+        live.remove(daemon)
+    assert not failures, "\n".join(failures)
+
+
+@pytest.fixture
+def daemon(new_daemon):
+    """A running daemon of the test's own."""
+    return new_daemon().start()
+
+
+@pytest.fixture(params=Daemon.POOLS)
+def pool(request):
+    """Each kind of pool."""
+    return request.param
