@@ -1,4 +1,4 @@
-// swift-tools-version:6.1
+// swift-tools-version:6.2
 import PackageDescription
 
 // Rooms of the data path: one thread owns every object there, so the run-time exclusivity checks find nothing
@@ -71,3 +71,16 @@ let package = Package(
     ],
     swiftLanguageModes: [.v6]
 )
+
+// `make fuzz` and nothing else: programs that libFuzzer drives.
+if Context.environment["QBD_FUZZ"] != nil {
+    let rooms = ["Configuration"]
+    package.targets += rooms.map { room in
+        .executableTarget(name: "Fuzz\(room)", dependencies: [.byName(name: room)], path: "Fuzz/\(room)")
+    }
+}
+
+for target in package.targets {
+    target.swiftSettings = (target.swiftSettings ?? []) + [.treatAllWarnings(as: .error)]
+    target.cSettings = (target.cSettings ?? []) + [.treatAllWarnings(as: .error)]
+}
