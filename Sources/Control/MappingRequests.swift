@@ -1,0 +1,157 @@
+// The questions about mapped volumes. `volume` is always `[<tcp|rdma>://]pool/volume` as the user wrote it; the daemon
+// checks it again. `config` is an absolute path on the daemon's host, read by the daemon.
+
+/// Map a volume; asking for what is mapped already in the same way is a success that changes nothing.
+package struct MapRequest: ControlRequest {
+    package typealias Answer = MappingRecord
+    package static let command = Command.map
+
+    package var volume: String
+    package var config: String
+    package var readOnly: Bool
+    /// Serve it over NBD, without a kernel device.
+    package var export: Bool
+
+    package init(volume: String, config: String, readOnly: Bool, export: Bool) {
+        self.volume = volume
+        self.config = config
+        self.readOnly = readOnly
+        self.export = export
+    }
+
+    package enum CodingKeys: String, CodingKey {
+        case volume, config, export
+        case readOnly = "read_only"
+    }
+}
+
+/// Unmap a volume.
+package struct UnmapRequest: ControlRequest {
+    package typealias Answer = Done
+    package static let command = Command.unmap
+
+    package var volume: String
+    /// Nil: with whatever configuration it was mapped. Otherwise it must be the one it was mapped with.
+    package var config: String?
+
+    package init(volume: String, config: String?) {
+        self.volume = volume
+        self.config = config
+    }
+}
+
+/// Every mapped volume.
+package struct ListRequest: ControlRequest {
+    package struct Answer: Codable, Sendable, Equatable {
+        package var mappings: [MappingRecord]
+        package init(mappings: [MappingRecord]) { self.mappings = mappings }
+    }
+    package static let command = Command.list
+    package init() {}
+}
+
+/// All that is known of one mapped volume.
+package struct InfoRequest: ControlRequest {
+    package typealias Answer = MappingStatus
+    package static let command = Command.info
+
+    package var volume: String
+    /// As in ``UnmapRequest/config``.
+    package var config: String?
+
+    package init(volume: String, config: String?) {
+        self.volume = volume
+        self.config = config
+    }
+}
+
+/// Give a mapped volume fresh connections.
+package struct RemapRequest: ControlRequest {
+    package typealias Answer = Done
+    package static let command = Command.remap
+
+    package var volume: String
+    package var config: String?
+
+    package init(volume: String, config: String?) {
+        self.volume = volume
+        self.config = config
+    }
+}
+
+/// Change some of a mapped volume's limits; nil leaves one as it is, 0 removes it.
+package struct SetThrottleRequest: ControlRequest {
+    package typealias Answer = Limits
+    package static let command = Command.setThrottle
+
+    package var volume: String
+    package var config: String?
+    package var readBytes: UInt64?
+    package var writeBytes: UInt64?
+    package var readOperations: UInt64?
+    package var writeOperations: UInt64?
+
+    package init(volume: String, config: String?, limits: ThrottleArgument) {
+        self.volume = volume
+        self.config = config
+        readBytes = limits.readBytes
+        writeBytes = limits.writeBytes
+        readOperations = limits.readOperations
+        writeOperations = limits.writeOperations
+    }
+
+    package enum CodingKeys: String, CodingKey {
+        case volume, config
+        case readBytes = "read_bps"
+        case writeBytes = "write_bps"
+        case readOperations = "read_iops"
+        case writeOperations = "write_iops"
+    }
+}
+
+/// Hold back new I/O; answered when none is in flight any more.
+package struct SuspendRequest: ControlRequest {
+    package typealias Answer = Done
+    package static let command = Command.suspend
+
+    package var volume: String
+    package var config: String?
+
+    package init(volume: String, config: String?) {
+        self.volume = volume
+        self.config = config
+    }
+}
+
+/// Decide what becomes of held-back and later I/O.
+package struct ResumeRequest: ControlRequest {
+    package typealias Answer = Done
+    package static let command = Command.resume
+
+    package var volume: String
+    package var config: String?
+    package var mode: ResumeMode
+
+    package init(volume: String, config: String?, mode: ResumeMode) {
+        self.volume = volume
+        self.config = config
+        self.mode = mode
+    }
+}
+
+/// Grow a volume.
+package struct ResizeRequest: ControlRequest {
+    package typealias Answer = Done
+    package static let command = Command.resize
+
+    package var volume: String
+    package var config: String?
+    /// Bytes.
+    package var size: UInt64
+
+    package init(volume: String, config: String?, size: UInt64) {
+        self.volume = volume
+        self.config = config
+        self.size = size
+    }
+}

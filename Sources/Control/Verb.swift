@@ -1,0 +1,96 @@
+/// What `qbd` can be asked to do: its word, and its documented letter where it has one.
+package enum Verb: String, CaseIterable, Sendable {
+    case map
+    case unmap
+    case remap
+    case list
+    case mapAll = "map-all"
+    case unmapAll = "unmap-all"
+    case throttle
+    case suspend
+    case resume
+    case info
+    case resize
+    case create
+    case delete
+    case volumes
+    case version
+    case help
+
+    package var word: String { rawValue }
+
+    /// The documented spelling without a word: `-m` and `--map`. Verbs of our own have none.
+    package var letters: (short: Character, long: String)? {
+        switch self {
+        case .map: ("m", "map")
+        case .unmap: ("u", "unmap")
+        case .remap: ("r", "remap")
+        case .list: ("l", "list")
+        case .mapAll: ("M", "mapall")
+        case .unmapAll: ("U", "unmapall")
+        case .throttle: ("s", "setthrottle")
+        case .suspend: ("S", "suspend")
+        case .resume: ("R", "resume")
+        case .info: ("i", "info")
+        case .resize: ("z", "resize")
+        case .version: ("v", "version")
+        case .help: ("h", "help")
+        case .create, .delete, .volumes: nil
+        }
+    }
+
+    /// Whether the letter takes the volume's name as its value, as in `-m pool/volume`.
+    package var letterTakesName: Bool {
+        switch self {
+        case .map, .unmap, .remap, .throttle, .suspend, .resume, .info, .resize: true
+        case .list, .mapAll, .unmapAll, .version, .help, .create, .delete, .volumes: false
+        }
+    }
+
+    /// What follows the word, as a usage line shows it.
+    package var arguments: String {
+        switch self {
+        case .map: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] [--export] [--read-only]"
+        case .unmap, .remap, .suspend, .info: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG]"
+        case .list: "[-c CONFIG]"
+        case .mapAll, .unmapAll: "[-f FILE]"
+        case .throttle: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] -t KEY=NUMBER[,...]"
+        case .resume: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] -t normal|error|discard"
+        case .resize: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] -k SIZE"
+        case .create: "POOL/VOLUME -k SIZE [--block-size 512|4096] [-c CONFIG]"
+        case .delete: "POOL/VOLUME [-c CONFIG]"
+        case .volumes: "[POOL] [-c CONFIG]"
+        case .version: ""
+        case .help: "[VERB]"
+        }
+    }
+
+    /// The right usage in words, and in letters where there are some; one line each, without "usage:".
+    package var usage: [String] {
+        let tail = arguments.isEmpty ? "" : " " + arguments
+        guard let letters, self != .help else { return ["qbd \(word)\(tail)"] }
+        return ["qbd \(word)\(tail)", "qbd -\(letters.short)|--\(letters.long)\(tail)"]
+    }
+
+    /// The verb of a word.
+    package init?(word: String) { self.init(rawValue: word) }
+
+    static func short(_ letter: Character) -> Verb? { allCases.first { $0.letters?.short == letter } }
+    static func long(_ name: some StringProtocol) -> Verb? { allCases.first { $0.letters.map { $0.long == name } ?? false } }
+}
+
+/// The command line was not understood: exit status 64.
+package struct UsageError: Error, Equatable, Sendable {
+    /// What was wrong.
+    package let message: String
+    /// Whose usage to show; nil for that of the whole command.
+    package let verb: Verb?
+
+    package init(_ message: String, verb: Verb? = nil) {
+        self.message = message
+        self.verb = verb
+    }
+
+    /// `EX_USAGE` of sysexits.h.
+    package static let exitStatus: Int32 = 64
+}
