@@ -1,0 +1,37 @@
+import Configuration
+
+extension VolumeName {
+    /// A volume's name that this version can do something with; checked by the command and again by the daemon.
+    ///
+    /// - Throws: code 22 for what is no name, 95 for a snapshot and for `rdma://`.
+    package static func reachable(_ text: String) throws(ControlError) -> VolumeName {
+        let name: VolumeName
+        do throws(ConfigurationError) {
+            name = try VolumeName(parsing: text)
+        } catch {
+            throw .invalid("\(error)")
+        }
+        if name.snapshot != nil { throw Feature.snapshot.comesLater }
+        if name.transport == .rdma { throw Feature.rdma.comesLater }
+        return name
+    }
+}
+
+/// The path of a configuration file, as the command sends it and the daemon keeps it.
+package enum ConfigPath {
+    /// - Returns: the path as it is.
+    /// - Throws: code 22 unless it is absolute and can be a field of the list, which is split on blanks.
+    package static func validate(_ path: String) throws(ControlError) -> String {
+        guard path.hasPrefix("/") else {
+            throw .invalid("the path of the configuration must be absolute, and '\(path)' is not")
+        }
+        let strangers = path.unicodeScalars.contains { $0.properties.isWhitespace || $0.value < 0x20 || $0.value == 0x7f }
+        guard !strangers else {
+            throw .invalid(
+                "the path of the configuration cannot hold a blank, because the fields of 'qbd list' end at blanks:"
+                    + " '\(path)'")
+        }
+        guard path.utf8.count < 4096 else { throw .invalid("the path of the configuration is longer than 4095 bytes") }
+        return path
+    }
+}

@@ -1,0 +1,50 @@
+import ArgumentParser
+import Control
+
+struct Version: VerbCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "Print the version of the command, and of the daemon if it answers.")
+
+    @OptionGroup var common: CommonOptions
+
+    private struct Answer: Encodable {
+        var qbd: String
+        /// Nil, and then absent: no daemon answers.
+        var qbdd: String?
+        var pid: Int32?
+    }
+
+    func perform() async throws {
+        var answer = Answer(qbd: ProductVersion.string)
+        do throws(ControlError) {
+            let daemon = try await common.client.send(VersionRequest())
+            answer.qbdd = daemon.version
+            answer.pid = daemon.pid
+        } catch {
+            // Asking for the command's version is no reason to fail; who wants to know why asks with -V.
+            if common.verbose { Output.complain(error.line(for: .version)) }
+        }
+        try Output.answer(.version, answer, asJSON: common.json) { answer in
+            "qbd \(answer.qbd)\nqbdd \(answer.qbdd ?? "- (no answer at \(common.client.path))")\n"
+        }
+    }
+}
+
+struct HelpVerb: VerbCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "help", abstract: "Show what qbd can do, or how a verb is used.")
+
+    @Argument(help: ArgumentHelp("Without it: all of them.", valueName: "verb"))
+    var verb: String?
+    @OptionGroup var common: CommonOptions
+
+    func perform() async throws {
+        guard let verb else {
+            try Output.print(Help.overview)
+            return
+        }
+        let command = Root.configuration.subcommands.first { $0._commandName == verb }
+        guard let command else { throw UsageError("there is no verb '\(verb)'") }
+        try Output.print(Root.helpMessage(for: command, columns: 80))
+    }
+}

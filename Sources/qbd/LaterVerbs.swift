@@ -1,0 +1,127 @@
+import ArgumentParser
+import Control
+
+// Verbs whose usage is documented and whose work a later version does. They check all they are given, then say so.
+
+struct Remap: VerbCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "Give a mapped volume fresh connections (a later version).")
+
+    @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"))
+    var volume: String
+    @OptionGroup var config: ConfigOption
+    @OptionGroup var common: CommonOptions
+
+    func perform() async throws {
+        _ = try Name.volume(volume, for: .remap)
+        let config = try config.explicitPath(for: .remap)
+        _ = try await common.ask(RemapRequest(volume: volume, config: config))
+    }
+}
+
+struct MapAll: VerbCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "Map every volume of a map.conf, in its order (a later version).")
+
+    @Option(name: [.customShort("f"), .long], help: "The list of volumes (/etc/neonsan/map.conf).")
+    var file: String?
+    @OptionGroup var common: CommonOptions
+
+    func perform() async throws {
+        throw Failure(.map, Feature.mapAll.comesLater)
+    }
+}
+
+struct UnmapAll: VerbCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "Unmap every volume of a map.conf, in reverse order (a later version).")
+
+    @Option(name: [.customShort("f"), .long], help: "The list of volumes (/etc/neonsan/map.conf).")
+    var file: String?
+    @OptionGroup var common: CommonOptions
+
+    func perform() async throws {
+        throw Failure(.unmap, Feature.unmapAll.comesLater)
+    }
+}
+
+struct Throttle: VerbCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "Limit the I/O of a mapped volume (a later version).")
+
+    @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"))
+    var volume: String
+    @Option(
+        name: [.customShort("t"), .long],
+        help: ArgumentHelp(
+            "read_bps, write_bps, read_iops, write_iops = a number; 0 removes a limit.", valueName: "key=number,..."))
+    var throttle: String
+    @OptionGroup var config: ConfigOption
+    @OptionGroup var common: CommonOptions
+
+    func perform() async throws {
+        _ = try Name.volume(volume, for: .setThrottle)
+        let config = try config.explicitPath(for: .setThrottle)
+        let limits = try checked(for: .setThrottle) { () throws(ControlError) in
+            try ThrottleArgument(parsing: throttle)
+        }
+        _ = try await common.ask(SetThrottleRequest(volume: volume, config: config, limits: limits))
+    }
+}
+
+struct Suspend: VerbCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "Hold back the I/O of a mapped volume (a later version).")
+
+    @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"))
+    var volume: String
+    @OptionGroup var config: ConfigOption
+    @OptionGroup var common: CommonOptions
+
+    func perform() async throws {
+        _ = try Name.volume(volume, for: .suspend)
+        let config = try config.explicitPath(for: .suspend)
+        _ = try await common.ask(SuspendRequest(volume: volume, config: config))
+    }
+}
+
+struct Resume: VerbCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "Let held-back I/O go on, fail, or be discarded (a later version).")
+
+    @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"))
+    var volume: String
+    @Option(
+        name: [.customShort("t"), .long],
+        help: ArgumentHelp("normal, error or discard.", valueName: "mode"))
+    var throttle: String
+    @OptionGroup var config: ConfigOption
+    @OptionGroup var common: CommonOptions
+
+    func perform() async throws {
+        _ = try Name.volume(volume, for: .resume)
+        let config = try config.explicitPath(for: .resume)
+        let mode = try checked(for: .resume) { () throws(ControlError) in try ResumeMode(parsing: throttle) }
+        _ = try await common.ask(ResumeRequest(volume: volume, config: config, mode: mode))
+    }
+}
+
+struct Resize: VerbCommand {
+    static let configuration = CommandConfiguration(abstract: "Grow a volume (a later version).")
+
+    @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"))
+    var volume: String
+    @Option(
+        name: [.customShort("k"), .long],
+        help: "The new size: bytes, or a number with K, M, G, T or P.")
+    var size: String
+    @OptionGroup var config: ConfigOption
+    @OptionGroup var common: CommonOptions
+
+    func perform() async throws {
+        _ = try Name.volume(volume, for: .resize)
+        let size = try Name.size(size, for: .resize)
+        let config = try config.explicitPath(for: .resize)
+        _ = try await common.ask(ResizeRequest(volume: volume, config: config, size: size))
+    }
+}

@@ -1,0 +1,83 @@
+import ArgumentParser
+import Configuration
+import Control
+
+struct Create: VerbCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "Create a volume, all zeros.",
+        discussion: "Prints nothing; with --json what was created.")
+
+    @Argument(help: ArgumentHelp("pool/volume", valueName: "volume"))
+    var volume: String
+    @Option(
+        name: [.customShort("k"), .long],
+        help: "Bytes, or a number with K, M, G, T or P; a multiple of the block size.")
+    var size: String
+    @Option(help: ArgumentHelp("The smallest I/O in bytes, 512 or 4096 (512).", valueName: "bytes"))
+    var blockSize: String?
+    @OptionGroup var config: ConfigOption
+    @OptionGroup var common: CommonOptions
+
+    func perform() async throws {
+        _ = try Name.volume(volume, for: .create)
+        let bytes = try Name.size(size, for: .create)
+        let block: UInt32
+        switch blockSize {
+        case nil, "512": block = 512
+        case "4096", "4K", "4k": block = 4096
+        case let other?: throw Failure(.create, .invalid("the block size is 512 or 4096, not '\(other)'"))
+        }
+        guard bytes.isMultiple(of: UInt64(block)) else {
+            throw Failure(
+                .create, .invalid("the size, \(bytes) bytes, is not a multiple of the block size, \(block) bytes"))
+        }
+        let config = try config.path(for: .create)
+        let created = try await common.ask(
+            CreateRequest(volume: volume, config: config, size: bytes, blockSize: block))
+        if common.verbose { Output.complain("created \(created.volume) id=\(created.volumeID) size=\(created.size)") }
+        try Output.answer(.create, created, asJSON: common.json) { _ in "" }
+    }
+}
+
+struct Delete: VerbCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "Delete a volume and its data.",
+        discussion: "Refused with exit status 16 while the volume is mapped.")
+
+    @Argument(help: ArgumentHelp("pool/volume", valueName: "volume"))
+    var volume: String
+    @OptionGroup var config: ConfigOption
+    @OptionGroup var common: CommonOptions
+
+    func perform() async throws {
+        let name = try Name.volume(volume, for: .delete)
+        let config = try config.path(for: .delete)
+        let done = try await common.ask(DeleteRequest(volume: volume, config: config))
+        if common.verbose { Output.complain("deleted \(name)") }
+        try Output.answer(.delete, done, asJSON: common.json) { _ in "" }
+    }
+}
+
+struct Volumes: VerbCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "List the volumes of a pool, or of every pool of the configuration.",
+        discussion: """
+            A header and one line a volume, fields separated by blanks, none empty: vol_id volume size block_size \
+            created. Sizes are bytes.
+            """)
+
+    @Argument(help: ArgumentHelp("Without it: every pool.", valueName: "pool"))
+    var pool: String?
+    @OptionGroup var config: ConfigOption
+    @OptionGroup var common: CommonOptions
+
+    func perform() async throws {
+        if let pool { try Name.checkPool(pool, for: .volumes) }
+        let config = try config.path(for: .volumes)
+        let answer = try await common.ask(VolumesRequest(pool: pool, config: config))
+        try Output.answer(.volumes, answer.volumes, asJSON: common.json) { VolumeTable.text($0) }
+        // One pool that cannot be listed does not hide the others; the last one's errno is the exit status.
+        for problem in answer.problems.dropLast() { Output.complain(problem.error.line(for: .volumes)) }
+        if let last = answer.problems.last { throw Failure(.volumes, last.error) }
+    }
+}
