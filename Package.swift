@@ -74,9 +74,9 @@ let package = Package(
 
 // `make fuzz` and nothing else: programs that libFuzzer drives.
 if Context.environment["QBD_FUZZ"] != nil {
-    let rooms = ["Configuration"]
-    package.targets += rooms.map { room in
-        .executableTarget(name: "Fuzz\(room)", dependencies: [.byName(name: room)], path: "Fuzz/\(room)")
+    let programs = [("FuzzConfiguration", ["Configuration"])]
+    package.targets += programs.map { name, rooms in
+        .executableTarget(name: name, dependencies: rooms.map { .byName(name: $0) }, path: "Fuzz/\(name)")
     }
 }
 

@@ -1,0 +1,80 @@
+import Configuration
+
+/// qbd.conf, and every text that people write by hand: names, sizes, rates. What one part of the program accepts, the
+/// others must be able to rely on.
+@_cdecl("LLVMFuzzerTestOneInput")
+func fuzzOneInput(_ start: UnsafePointer<UInt8>?, _ count: Int) -> CInt {
+    let bytes = Array(UnsafeBufferPointer(start: start, count: count))
+    checkFile(bytes)
+    if count <= 512, let text = String(validating: bytes, as: UTF8.self) {
+        checkName(text)
+        checkQuantities(text)
+    }
+    return 0
+}
+
+private func checkFile(_ bytes: [UInt8]) {
+    do throws(ConfigurationError) {
+        let configuration = try DaemonConfiguration(parsing: bytes, file: "qbd.conf")
+        precondition((1...255).contains(configuration.client.ioDepth))
+        precondition((1...1024).contains(configuration.nbd.maxConnections))
+        precondition(configuration.warnings.count <= 101)
+        configuration.warnings.forEach(checkText)
+        for (name, pool) in configuration.pools {
+            precondition(name == pool.name && isAllowed(name))
+            if case .local(let path) = pool.kind {
+                precondition(path.hasPrefix("/") && !path.utf8.contains(0))
+            }
+        }
+    } catch {
+        precondition(error.file == "qbd.conf" && error.systemError == nil)
+        if let line = error.line {
+            precondition(line >= 1 && line <= bytes.count { $0 == UInt8(ascii: "\n") } + 1)
+        }
+        checkText(error.description)
+    }
+}
+
+private func checkName(_ text: String) {
+    do throws(ConfigurationError) {
+        let name = try VolumeName(parsing: text)
+        precondition([name.pool, name.volume, name.snapshot ?? "-"].allSatisfy(isAllowed))
+        let again = try VolumeName(parsing: name.description)
+        precondition(again == name)
+    } catch {
+        checkText(error.description)
+    }
+}
+
+private func checkQuantities(_ text: String) {
+    do throws(ConfigurationError) {
+        let size = try Quantity.parseSize(text)
+        precondition(size >= 1 && size <= Quantity.maximum)
+        let again = try Quantity.parseSize(Quantity.formatSize(size))
+        precondition(again == size)
+    } catch {
+        checkText(error.description)
+    }
+    if let rate = try? Quantity.parseRate(operationsPerSecond: text) {
+        precondition(rate <= Quantity.maximum)
+    }
+}
+
+/// One component of a volume's name: it becomes a part of paths and URIs.
+private func isAllowed(_ component: String) -> Bool {
+    (1...128).contains(component.utf8.count) && component != "." && component != ".."
+        && component.utf8.allSatisfy { byte in
+            switch byte {
+            case UInt8(ascii: "A")...UInt8(ascii: "Z"), UInt8(ascii: "a")...UInt8(ascii: "z"),
+                UInt8(ascii: "0")...UInt8(ascii: "9"), UInt8(ascii: "."), UInt8(ascii: "_"), UInt8(ascii: "-"):
+                true
+            default: false
+            }
+        }
+}
+
+/// What goes to a log or a terminal is one line of sane length.
+private func checkText(_ text: String) {
+    precondition(!text.isEmpty && text.utf8.count < 4096)
+    precondition(text.utf8.allSatisfy { $0 >= 0x20 && $0 != 0x7F })
+}

@@ -1,0 +1,130 @@
+# What one can do with this tree; `make help` lists it. Everything is built with one configuration, so that the
+# dependencies are compiled once.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+# Debian's python3 is the one that python3-libnbd and python3-pytest belong to.
+PYTHON ?= /usr/bin/python3
+DESTDIR ?=
+PREFIX ?= /usr/local
+SYSCONFDIR ?= /etc
+# Seconds of `make fuzz` for each target.
+FUZZ_SECONDS ?= 600
+FUZZ_SHORT_SECONDS ?= 30
+# Options for `make bench`, as in BENCH="--suite onehop-memory --seconds 10", and for pytest, as in PYTEST="-m long".
+BENCH ?=
+PYTEST ?=
+
+BIN := .build/release
+LOGS := .build/logs
+FORMATTED := Package.swift Sources Tests Fuzz
+
+NEED_BUILD := swift git liburing-dev gcc:cc libc6-dev libstdc++-12-dev
+NEED_CLIENTS := libnbd-bin:nbdcopy python3-libnbd nbdkit qemu-utils:qemu-io fio:fio python3
+NEED_TESTS := $(NEED_CLIENTS) python3-pytest
+NEED_BENCH := libnbd-bin:nbdcopy nbdkit qemu-utils:qemu-nbd fio:fio python3
+
+.PHONY: help
+help: ## This list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+# Building
+
+.PHONY: build
+build: ## Build qbd and qbdd, optimised, into .build/release
+	@scripts/need.sh "build qbd" $(NEED_BUILD)
+	swift build -c release
+
+.PHONY: build-tests
+build-tests:
+	@scripts/need.sh "build qbd" $(NEED_BUILD)
+	swift build -c release --build-tests
+
+.PHONY: install
+install: ## Install programs, man pages and etc/qbd.conf (DESTDIR, PREFIX, SYSCONFDIR)
+	@scripts/need.sh "install qbd" binutils:strip
+	@test -x $(BIN)/qbd -a -x $(BIN)/qbdd || { echo "make install: nothing is built yet; run 'make build' first" >&2; exit 1; }
+	install -D -m 0755 -s $(BIN)/qbd $(DESTDIR)$(PREFIX)/bin/qbd
+	install -D -m 0755 -s $(BIN)/qbdd $(DESTDIR)$(PREFIX)/sbin/qbdd
+	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/share/man/man8 man/*.8
+	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/share/man/man5 man/*.5
+	@conf=$(DESTDIR)$(SYSCONFDIR)/neonsan/qbd.conf; \
+	if [ -e "$$conf" ]; then echo "$$conf is there and stays as it is"; \
+	else echo "install -D -m 0644 etc/qbd.conf $$conf"; install -D -m 0644 etc/qbd.conf "$$conf"; fi
+
+.PHONY: clean
+clean: ## Remove everything that was built
+	rm -rf .build
+
+# Looking at it
+
+.PHONY: demo
+demo: build ## Show a volume from its creation to its end, with a daemon of its own
+	@scripts/need.sh "run the demo" libnbd-bin:nbdcopy
+	@scripts/demo.sh $(BIN)
+
+.PHONY: bench
+bench: build .build/malloc_count.so ## Measure beside nbdkit and qemu-nbd (BENCH="--help" lists options)
+	@scripts/need.sh "measure beside the peers" $(NEED_BENCH)
+	$(PYTHON) Benchmarks/bench.py $(BENCH)
+
+.build/malloc_count.so: Benchmarks/malloc_count.c
+	@scripts/need.sh "count allocations" gcc:cc libc6-dev
+	@mkdir -p $(@D)
+	cc -std=c11 -O2 -Wall -Wextra -Werror -fPIC -shared -o $@ $<
+
+# Testing
+
+.PHONY: test
+test: check build-tests fuzz-short unit integration ## Everything that has to pass: checks, short fuzzing, unit and integration tests
+	@echo; echo "make test: all of it passed"
+	@grep -h 'Test run with' $(LOGS)/unit.log | tail -n 1
+	@tail -n 1 $(LOGS)/integration.log
+
+.PHONY: test-unit
+test-unit: build-tests unit ## Only the unit tests
+
+.PHONY: test-integration
+test-integration: build integration ## Only the tests of the programs from outside (PYTEST="-k name", PYTEST="-m long")
+
+# Without a build of their own, so that `test` builds once, with --build-tests.
+.PHONY: unit integration
+unit:
+	@mkdir -p $(LOGS)
+	swift test -c release --disable-testable-imports --skip-build --disable-xctest 2>&1 | tee $(LOGS)/unit.log
+integration:
+	@scripts/need.sh "test the programs from outside" $(NEED_TESTS)
+	@mkdir -p $(LOGS)
+	QBD_BIN_DIR=$(BIN) $(PYTHON) -m pytest $(PYTEST) Tests/Integration 2>&1 | tee $(LOGS)/integration.log
+
+.PHONY: test-sanitize test-address test-thread
+test-sanitize: test-address test-thread ## Unit and integration tests under AddressSanitizer and ThreadSanitizer
+test-address test-thread: test-%:
+	@scripts/need.sh "build qbd" $(NEED_BUILD)
+	@scripts/need.sh "test the programs from outside" $(NEED_TESTS)
+	PYTHON=$(PYTHON) scripts/sanitize.sh $* $(PYTEST)
+
+.PHONY: check check-format check-man
+check: check-format check-man ## Format of the Swift sources, and the man pages
+check-format:
+	@scripts/need.sh "check the format" swift
+	swift format lint --strict --parallel --recursive $(FORMATTED)
+check-man:
+	@scripts/need.sh "check the man pages" mandoc
+	mandoc -T lint -W warning man/*.[58]
+
+.PHONY: format
+format: ## Format the Swift sources in place
+	@scripts/need.sh "format" swift
+	swift format --in-place --parallel --recursive $(FORMATTED)
+
+.PHONY: fuzz fuzz-short
+fuzz: ## Fuzz the parsers, FUZZ_SECONDS (600) each
+	@scripts/need.sh "build qbd" $(NEED_BUILD)
+	scripts/fuzz.sh $(FUZZ_SECONDS)
+fuzz-short:
+	@scripts/need.sh "build qbd" $(NEED_BUILD)
+	scripts/fuzz.sh $(FUZZ_SHORT_SECONDS)
