@@ -1,6 +1,8 @@
 """Fixtures: a fresh daemon, one that a file's tests share, and the log of both in a failure's report."""
 
 import os
+import pathlib
+import tempfile
 
 import pytest
 
@@ -68,3 +70,10 @@ def daemon(new_daemon):
 def pool(request):
     """Each kind of pool."""
     return request.param
+
+
+@pytest.fixture
+def scratch():
+    """A directory that is gone after the test: the images are big, so pytest's own, which it keeps, will not do."""
+    with tempfile.TemporaryDirectory(prefix="qbd-", dir="/tmp") as path:
+        yield pathlib.Path(path)
