@@ -1,0 +1,153 @@
+import EventLoop
+
+/// What a backend does to a stretch of a volume.
+package enum Operation: UInt8, Sendable {
+    case read, write, flush, trim, writeZeroes, cache, extents
+}
+
+/// One piece of a request, inside all limits of the backend's geometry. Lives in a slab of the volume.
+package struct IO {
+    /// For a read: where the data is, set by the backend at completion. For extents: an array of `Extent`. For a
+    /// write: the payload, set by the volume. First in the struct: replies chain these.
+    package var segment: Segment
+    package var operation: Operation
+    /// Write and write-zeroes: complete only when on stable storage.
+    package var durable: Bool
+    /// Write-zeroes: the range may become a hole.
+    package var mayPunch: Bool
+    /// Write-zeroes: fail with EOPNOTSUPP where it would be as slow as writing.
+    package var fast: Bool
+    /// Set with `buffer`, which goes back to the pool when the reply is out.
+    package var ownsBuffer: Bool
+    /// Positive errno, 0 is success. Set by the backend before completion.
+    package var status: Int32
+    package var length: UInt32
+    package var offset: UInt64
+    package var buffer: Buffer?
+    /// The request this is a part of; not for the backend.
+    package var request: UnsafeMutableRawPointer
+
+    package init(operation: Operation, offset: UInt64, length: UInt32, request: UnsafeMutableRawPointer) {
+        segment = Segment(base: request, count: 0)
+        self.operation = operation
+        durable = false
+        mayPunch = true
+        fast = false
+        ownsBuffer = false
+        status = 0
+        self.length = length
+        self.offset = offset
+        self.request = request
+    }
+}
+
+/// What a backend can do and where requests must be cut.
+package struct Geometry: Sendable {
+    /// Bytes, a multiple of `blockSize`.
+    package var size: UInt64
+    /// Smallest unit of I/O and its alignment, bytes: 512 or 4096.
+    package var blockSize: UInt32
+    /// Most bytes of one read or write; UInt32.max where there is no limit of its own.
+    package var maximumTransfer: UInt32 = .max
+    /// No I/O may cross a multiple of this many bytes; 0 for none. A power of two.
+    package var boundary: UInt64 = 0
+    package var canTrim = true
+    /// Write-zeroes without a payload is cheaper than writing zeros.
+    package var canZeroFast = true
+    /// Whether `extents` tells holes from data.
+    package var hasExtents = true
+    package var readOnly = false
+
+    package init(size: UInt64, blockSize: UInt32) {
+        self.size = size
+        self.blockSize = blockSize
+    }
+}
+
+/// Takes completions, on the loop's thread; may be called before `submit` returns.
+package protocol BackendClient: AnyObject {
+    func completed(_ io: UnsafeMutablePointer<IO>)
+}
+
+/// Where the bytes of one open volume live. All calls on the volume's loop.
+package protocol Backend: AnyObject {
+    var geometry: Geometry { get }
+
+    /// Starts the I/O; completes exactly once, through the client. The volume has checked bounds and alignment.
+    func submit(_ io: UnsafeMutablePointer<IO>)
+
+    /// Leaves the loop. Nothing is in flight. The volume's descriptors and locks stay with its `OpenVolume`.
+    func close()
+}
+
+/// A volume opened by its pool and not yet running on a loop.
+package protocol OpenVolume: AnyObject, Sendable {
+    var record: VolumeRecord { get }
+    /// "local", "memory": what `info` shows as the protocol.
+    var protocolName: String { get }
+    var readOnly: Bool { get }
+
+    /// On the loop's thread.
+    /// - Parameters:
+    ///   - buffers: where data that is read is put; given back by the volume.
+    ///   - client: outlives the backend.
+    func start(on loop: EventLoop, buffers: BufferPool, client: any BackendClient) throws(BackendError) -> any Backend
+
+    /// Gives descriptors and locks back, after the backend was closed or was never started. On the blocking-work thread.
+    func close()
+}
+
+/// A set of volumes. All calls block; they are made on the blocking-work thread.
+package protocol VolumePool: AnyObject, Sendable {
+    var name: String { get }
+
+    /// - Parameters:
+    ///   - size: bytes, a multiple of `blockSize`, at least one block.
+    ///   - blockSize: 512 or 4096.
+    func create(volume: String, size: UInt64, blockSize: UInt32) throws(BackendError) -> VolumeRecord
+    /// Fails with EBUSY while the volume is open anywhere.
+    func delete(volume: String) throws(BackendError)
+    /// Sorted by name.
+    func list() throws(BackendError) -> [VolumeRecord]
+    /// Opens for one user; a second open that could write fails with EBUSY.
+    func open(volume: String, readOnly: Bool) throws(BackendError) -> any OpenVolume
+}
+
+/// What a pool knows of a volume without opening it.
+package struct VolumeRecord: Sendable, Equatable {
+    /// A multiple of 2^24, unique in its pool (PureFlash's form of volume ids).
+    package let id: UInt64
+    package let volume: String
+    /// Bytes.
+    package let size: UInt64
+    /// Bytes.
+    package let blockSize: UInt32
+    /// Seconds since 1970, UTC.
+    package let created: Int64
+
+    package init(id: UInt64, volume: String, size: UInt64, blockSize: UInt32, created: Int64) {
+        self.id = id
+        self.volume = volume
+        self.size = size
+        self.blockSize = blockSize
+        self.created = created
+    }
+}
+
+/// Why a pool could not do it: an errno for scripts, a sentence for people.
+package struct BackendError: Error, Sendable, CustomStringConvertible {
+    /// Positive errno.
+    package let code: Int32
+    package let message: String
+
+    package init(code: Int32, message: String) {
+        self.code = code
+        self.message = message
+    }
+
+    package init(_ error: SystemError) {
+        self.init(code: error.code, message: error.description)
+    }
+
+    package var description: String { message }
+}

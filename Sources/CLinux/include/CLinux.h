@@ -1,0 +1,65 @@
+// What Swift cannot import from the system headers: inline functions that need their macros, variadic functions,
+// and wrappers the C library of Debian 12 lacks. No logic.
+#pragma once
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+
+#include <errno.h>
+#include <fcntl.h>
+#include <liburing.h>
+#include <linux/fs.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/statfs.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+// open(2) is variadic.
+static inline int qbd_open(const char *path, int flags, mode_t mode) { return open(path, flags, mode); }
+static inline int qbd_openat(int dir, const char *path, int flags, mode_t mode) { return openat(dir, path, flags, mode); }
+
+// epoll_data_t is a union in a packed struct; epoll_pwait2 takes nanoseconds (Linux 5.11).
+static inline int qbd_epoll_ctl(int epfd, int op, int fd, uint32_t events, uint64_t data) {
+    struct epoll_event event = {.events = events, .data = {.u64 = data}};
+    return epoll_ctl(epfd, op, fd, &event);
+}
+static inline int qbd_epoll_wait(int epfd, struct epoll_event *events, int capacity, const struct timespec *timeout) {
+    return epoll_pwait2(epfd, events, capacity, timeout, NULL);
+}
+static inline uint64_t qbd_epoll_data(const struct epoll_event *event) { return event->data.u64; }
+static inline uint32_t qbd_epoll_events(const struct epoll_event *event) { return event->events; }
+
+// glibc has two strerror_r behind one name; this takes the GNU one and always fills the buffer.
+static inline void qbd_strerror(int code, char *buffer, size_t size) {
+    const char *text = strerror_r(code, buffer, size);
+    if (text != buffer) {
+        strncpy(buffer, text, size - 1);
+        buffer[size - 1] = 0;
+    }
+}
+
+// Function-like macros.
+static inline void *qbd_map_failed(void) { return MAP_FAILED; }
+
+// liburing's queue access is inline functions over macros with barriers.
+static inline struct io_uring_sqe *qbd_ring_get_sqe(struct io_uring *ring) { return io_uring_get_sqe(ring); }
+static inline struct io_uring_cqe *qbd_ring_peek(struct io_uring *ring) {
+    struct io_uring_cqe *cqe = NULL;
+    return io_uring_peek_cqe(ring, &cqe) == 0 ? cqe : NULL;
+}
+static inline void qbd_ring_seen(struct io_uring *ring, struct io_uring_cqe *cqe) { io_uring_cqe_seen(ring, cqe); }

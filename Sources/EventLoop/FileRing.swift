@@ -1,0 +1,241 @@
+import CLinux
+import Glibc
+
+/// Receives the results of file operations, on the loop's thread.
+package protocol FileCompletion: AnyObject {
+    /// - Parameters:
+    ///   - context: as given at submission.
+    ///   - result: 0 (a query: the number of extents), or a negative errno. Reads and writes are complete when it is
+    ///     0; a read behind the end of the file is -EIO.
+    func fileOperationCompleted(_ context: UnsafeMutableRawPointer, result: Int32)
+}
+
+/// One file operation, from submission to completion.
+struct FileOperation {
+    enum Kind: UInt8 { case read, write, synchronize, allocate, query }
+
+    var kind: Kind
+    var descriptor: Int32
+    /// RWF flags of a write; FALLOC_FL mode of an allocation; most extents of a query.
+    var flags: Int32
+    var base: UnsafeMutableRawPointer?
+    var length: Int
+    var offset: UInt64
+    var context: UnsafeMutableRawPointer
+    var result: Int32 = 0
+    var next: UnsafeMutablePointer<FileOperation>?
+}
+
+/// Asynchronous file I/O for one loop: collected during a turn, submitted together at its end. On io_uring for all
+/// that it does without a thread of its own; a few threads do the rest, and everything where io_uring is refused.
+package final class FileRing: EventSource, TurnObserver {
+    private let loop: EventLoop
+    private var operations: Slab<FileOperation>
+    private let ring: UnsafeMutablePointer<io_uring>?
+    private var ringToken: EventLoop.Token?
+    private let workers: FileWorkers
+    private var unsubmitted = 0
+    private unowned(unsafe) let completion: any FileCompletion
+
+    /// Operations submitted and not completed, at most the capacity.
+    package var inFlight: Int { operations.inUse }
+    /// Whether the kernel gave us an io_uring.
+    package var usesRing: Bool { ring != nil }
+
+    /// On the loop's thread.
+    /// - Parameters:
+    ///   - capacity: most operations at a time.
+    ///   - useRing: false takes the threads for everything.
+    ///   - completion: outlives this object.
+    package init(loop: EventLoop, capacity: Int, useRing: Bool = true, completion: any FileCompletion)
+        throws(SystemError)
+    {
+        self.loop = loop
+        self.completion = completion
+        operations = Slab(capacity: capacity)
+        ring = useRing ? Self.makeRing() : nil
+        workers = try FileWorkers(loop: loop, count: ring == nil ? 4 : 1)
+        workers.owner = self
+        if let ring {
+            ringToken = try loop.add(ring.pointee.ring_fd, events: EPOLLIN.rawValue, source: self)
+        }
+        loop.observe(self)
+    }
+
+    /// Takes the ring out of the loop. Nothing may be in flight.
+    package func close() {
+        precondition(operations.inUse == 0, "file operations in flight at close")
+        loop.unobserve(self)
+        workers.close()
+        guard let ring, let token = ringToken else { return }
+        loop.remove(token, descriptor: ring.pointee.ring_fd)
+        ringToken = nil
+        io_uring_queue_exit(ring)
+        ring.deallocate()
+    }
+
+    /// Completions are collected by system calls we make anyway (COOP_TASKRUN, Linux 5.19); older kernels refuse the
+    /// flag, sandboxes refuse io_uring.
+    private static func makeRing() -> UnsafeMutablePointer<io_uring>? {
+        let ring = UnsafeMutablePointer<io_uring>.allocate(capacity: 1)
+        for flags in [UInt32(IORING_SETUP_COOP_TASKRUN), 0] {
+            ring.initialize(to: io_uring())
+            if io_uring_queue_init(128, ring, flags) == 0 { return ring }
+        }
+        ring.deallocate()
+        return nil
+    }
+
+    // MARK: Submission
+
+    /// Reads all of `length` bytes. Returns false, having done nothing, when the capacity is used up; so do the others.
+    package func read(
+        _ descriptor: Int32, into base: UnsafeMutableRawPointer, length: Int, offset: UInt64,
+        context: UnsafeMutableRawPointer
+    ) -> Bool {
+        start(.read, descriptor, flags: 0, base, length, offset, context)
+    }
+
+    /// Writes all of `length` bytes.
+    /// - Parameter durable: completes when the data is on stable storage (RWF_DSYNC).
+    package func write(
+        _ descriptor: Int32, from base: UnsafeMutableRawPointer, length: Int, offset: UInt64, durable: Bool,
+        context: UnsafeMutableRawPointer
+    ) -> Bool {
+        start(.write, descriptor, flags: durable ? Int32(RWF_DSYNC) : 0, base, length, offset, context)
+    }
+
+    /// fdatasync(2).
+    package func synchronize(_ descriptor: Int32, context: UnsafeMutableRawPointer) -> Bool {
+        start(.synchronize, descriptor, flags: 0, nil, 0, 0, context)
+    }
+
+    /// fallocate(2).
+    /// - Parameter mode: FALLOC_FL flags.
+    package func allocate(
+        _ descriptor: Int32, mode: Int32, offset: UInt64, length: Int, context: UnsafeMutableRawPointer
+    ) -> Bool {
+        start(.allocate, descriptor, flags: mode, nil, length, offset, context)
+    }
+
+    /// The extents of `length` bytes at `offset`, written to `extents`; completes with their number, at least 1.
+    package func queryExtents(
+        _ descriptor: Int32, offset: UInt64, length: Int, extents: UnsafeMutablePointer<Extent>, capacity: Int,
+        context: UnsafeMutableRawPointer
+    ) -> Bool {
+        start(.query, descriptor, flags: Int32(capacity), UnsafeMutableRawPointer(extents), length, offset, context)
+    }
+
+    @inline(__always)
+    private func start(
+        _ kind: FileOperation.Kind, _ descriptor: Int32, flags: Int32, _ base: UnsafeMutableRawPointer?,
+        _ length: Int, _ offset: UInt64, _ context: UnsafeMutableRawPointer
+    ) -> Bool {
+        guard let operation = operations.take() else { return false }
+        operation.initialize(
+            to: FileOperation(
+                kind: kind, descriptor: descriptor, flags: flags, base: base, length: length, offset: offset,
+                context: context))
+        route(operation)
+        return true
+    }
+
+    /// Reads and durability go to the ring. Buffered writes would be handed to a kernel thread each (ext4 has no
+    /// buffered write that does not wait), so a thread of ours takes all writes of a turn with one wake-up.
+    @inline(__always)
+    private func route(_ operation: UnsafeMutablePointer<FileOperation>) {
+        guard let ring else { return workers.add(operation) }
+        switch operation.pointee.kind {
+        case .query: workers.add(operation)
+        case .write where operation.pointee.flags == 0: workers.add(operation)
+        default: enqueue(operation, on: ring)
+        }
+    }
+
+    private func enqueue(_ operation: UnsafeMutablePointer<FileOperation>, on ring: UnsafeMutablePointer<io_uring>) {
+        var entry = qbd_ring_get_sqe(ring)
+        if entry == nil {
+            submit(ring)
+            entry = qbd_ring_get_sqe(ring)
+        }
+        guard let entry else { return workers.add(operation) }
+        let op = operation.pointee
+        switch op.kind {
+        case .read:
+            io_uring_prep_read(entry, op.descriptor, op.base, UInt32(op.length), op.offset)
+        case .write:
+            io_uring_prep_write(entry, op.descriptor, op.base, UInt32(op.length), op.offset)
+            entry.pointee.rw_flags = op.flags
+        case .synchronize:
+            io_uring_prep_fsync(entry, op.descriptor, UInt32(IORING_FSYNC_DATASYNC))
+        case .allocate, .query:
+            io_uring_prep_fallocate(entry, op.descriptor, op.flags, off_t(op.offset), off_t(op.length))
+        }
+        io_uring_sqe_set_data(entry, operation)
+        unsubmitted &+= 1
+    }
+
+    private func submit(_ ring: UnsafeMutablePointer<io_uring>) {
+        while unsubmitted > 0 {
+            let count = io_uring_submit(ring)
+            if count >= 0 {
+                unsubmitted &-= Int(count)
+                if count == 0 { return }
+            } else if count == -EAGAIN || count == -EBUSY {
+                // The kernel is short of memory or its completion queue is full: reap first, submit at the next turn.
+                loop.runAgain()
+                return
+            } else {
+                precondition(count == -EINTR, "io_uring_enter: \(errnoText(-count))")
+            }
+        }
+    }
+
+    // MARK: Completion
+
+    package func ready(events: UInt32) { reap() }
+
+    package func endOfTurn() {
+        workers.handOver()
+        guard let ring else { return }
+        if unsubmitted > 0 {
+            submit(ring)
+            reap()
+        }
+    }
+
+    private func reap() {
+        guard let ring else { return }
+        while let entry = qbd_ring_peek(ring) {
+            let result = entry.pointee.res
+            let operation = UnsafeMutablePointer<FileOperation>(bitPattern: UInt(entry.pointee.user_data))
+            qbd_ring_seen(ring, entry)
+            if let operation { finish(operation, result: result) }
+        }
+    }
+
+    /// Completes the operation, or goes on with the rest of a short transfer.
+    func finish(_ operation: UnsafeMutablePointer<FileOperation>, result: Int32) {
+        var result = result
+        switch operation.pointee.kind {
+        case .read, .write:
+            if result == -EINTR || result == -EAGAIN { return route(operation) }
+            if result >= 0 {
+                let done = Int(result)
+                if done < operation.pointee.length, done > 0 {
+                    operation.pointee.base = operation.pointee.base.map { $0 + done }
+                    operation.pointee.length &-= done
+                    operation.pointee.offset &+= UInt64(done)
+                    loop.runAgain()
+                    return route(operation)
+                }
+                result = done == 0 && operation.pointee.length > 0 ? -EIO : 0
+            }
+        case .synchronize, .allocate, .query:
+            if result == -EINTR { return route(operation) }
+        }
+        let context = operation.pointee.context
+        operations.give(operation)
+        completion.fileOperationCompleted(context, result: result)
+    }
+}

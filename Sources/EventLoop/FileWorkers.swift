@@ -1,0 +1,237 @@
+import CLinux
+import Glibc
+import Synchronization
+
+/// A stretch of a volume that is allocated in one way.
+package struct Extent {
+    /// Bytes.
+    package var length: UInt32
+    /// 0 for data; `holeAndZero` where nothing is stored and zeros are read. The bits are NBD's `base:allocation`.
+    package var flags: UInt32
+
+    package static let holeAndZero: UInt32 = 3
+
+    package init(length: UInt32, flags: UInt32) {
+        self.length = length
+        self.flags = flags
+    }
+}
+
+/// A few threads that do blocking file operations for one loop. Started by their first work; a turn's operations are
+/// handed over together, and come back together.
+final class FileWorkers: EventSource {
+    private let loop: EventLoop
+    private let count: Int
+    private let shared: Shared
+    private var threads: [Thread] = []
+    private var token: EventLoop.Token?
+    private var collected = List()
+    unowned(unsafe) var owner: FileRing?
+
+    private struct List {
+        var head: UnsafeMutablePointer<FileOperation>?
+        var tail: UnsafeMutablePointer<FileOperation>?
+
+        mutating func append(_ operation: UnsafeMutablePointer<FileOperation>) {
+            operation.pointee.next = nil
+            append(chainFrom: operation, to: operation)
+        }
+
+        mutating func append(
+            chainFrom first: UnsafeMutablePointer<FileOperation>, to last: UnsafeMutablePointer<FileOperation>
+        ) {
+            if let tail { tail.pointee.next = first } else { head = first }
+            tail = last
+        }
+
+        mutating func removeAll() -> List {
+            defer { self = List() }
+            return self
+        }
+
+        mutating func removeFirst() -> UnsafeMutablePointer<FileOperation>? {
+            guard let first = head else { return nil }
+            head = first.pointee.next
+            if head == nil { tail = nil }
+            return first
+        }
+    }
+
+    private final class Shared: @unchecked Sendable {
+        struct Queues: @unchecked Sendable {
+            var waiting = List()
+            var finished = List()
+            var stopped = false
+        }
+        let queues = Mutex(Queues())
+        /// Counts hand-overs; a worker sleeps in its read.
+        let work: Int32
+        /// Tells the loop that finished operations wait.
+        let done: Int32
+
+        init() throws(SystemError) {
+            work = try retrying("eventfd") { eventfd(0, Int32(EFD_CLOEXEC)) }
+            done = try retrying("eventfd") { eventfd(0, Int32(EFD_CLOEXEC | EFD_NONBLOCK)) }
+        }
+
+        deinit {
+            Glibc.close(work)
+            Glibc.close(done)
+        }
+    }
+
+    init(loop: EventLoop, count: Int) throws(SystemError) {
+        self.loop = loop
+        self.count = count
+        shared = try Shared()
+        token = try loop.add(shared.done, events: EPOLLIN.rawValue, source: self)
+    }
+
+    @inline(__always)
+    func add(_ operation: UnsafeMutablePointer<FileOperation>) { collected.append(operation) }
+
+    /// Gives what was added since the last call to the threads.
+    @inline(__always)
+    func handOver() {
+        if collected.head != nil { handOverCollected() }
+    }
+
+    private func handOverCollected() {
+        if threads.isEmpty { startThreads() }
+        let list = collected.removeAll()
+        guard let head = list.head, let tail = list.tail else { return }
+        let wasEmpty = shared.queues.withLock { queues in
+            let wasEmpty = queues.waiting.head == nil
+            queues.waiting.append(chainFrom: head, to: tail)
+            return wasEmpty
+        }
+        if wasEmpty { Self.signal(shared.work) }
+    }
+
+    private func startThreads() {
+        for index in 0..<count {
+            do {
+                threads.append(
+                    try Thread(name: "qbd:file\(index)") { [shared] in Self.run(shared, signalsNext: true) })
+            } catch {
+                // One thread is enough to go on; with none there is no way to do the work.
+                precondition(!threads.isEmpty, "\(error)")
+            }
+        }
+    }
+
+    func close() {
+        shared.queues.withLock { $0.stopped = true }
+        for thread in threads {
+            Self.signal(shared.work)
+            thread.join()
+        }
+        threads = []
+        if let token { loop.remove(token, descriptor: shared.done) }
+        token = nil
+    }
+
+    func ready(events: UInt32) {
+        var value: UInt64 = 0
+        _ = Glibc.read(shared.done, &value, 8)
+        var list = shared.queues.withLock { $0.finished.removeAll() }
+        while let operation = list.removeFirst() {
+            owner?.finish(operation, result: operation.pointee.result)
+        }
+    }
+
+    // MARK: On a worker's thread
+
+    private static func signal(_ descriptor: Int32) {
+        var one: UInt64 = 1
+        _ = Glibc.write(descriptor, &one, 8)
+    }
+
+    /// Operations a thread takes at a time, so that several threads share a deep queue.
+    private static let grab = 32
+
+    private static func run(_ shared: Shared, signalsNext: Bool) {
+        while true {
+            var more = false
+            var (mine, stopped) = shared.queues.withLock { queues -> (List, Bool) in
+                var mine = List()
+                for _ in 0..<grab {
+                    guard let operation = queues.waiting.removeFirst() else { break }
+                    mine.append(operation)
+                }
+                more = queues.waiting.head != nil
+                return (mine, queues.stopped)
+            }
+            guard mine.head != nil else {
+                if stopped { return }
+                var value: UInt64 = 0
+                _ = Glibc.read(shared.work, &value, 8)
+                continue
+            }
+            if more { signal(shared.work) }
+            var finished = List()
+            while let operation = mine.removeFirst() {
+                operation.pointee.result = perform(operation)
+                finished.append(operation)
+            }
+            guard let head = finished.head, let tail = finished.tail else { continue }
+            let first = shared.queues.withLock { queues in
+                let first = queues.finished.head == nil
+                queues.finished.append(chainFrom: head, to: tail)
+                return first
+            }
+            if first { signal(shared.done) }
+        }
+    }
+
+    /// - Returns: as io_uring does: bytes or 0, or a negative errno.
+    private static func perform(_ operation: UnsafeMutablePointer<FileOperation>) -> Int32 {
+        let op = operation.pointee
+        while true {
+            let result: Int
+            switch op.kind {
+            case .read: result = pread(op.descriptor, op.base, op.length, off_t(op.offset))
+            case .write:
+                var vector = iovec(iov_base: op.base, iov_len: op.length)
+                result = pwritev2(op.descriptor, &vector, 1, off_t(op.offset), op.flags)
+            case .synchronize: result = Int(fdatasync(op.descriptor))
+            case .allocate: result = Int(fallocate(op.descriptor, op.flags, off_t(op.offset), off_t(op.length)))
+            case .query:
+                guard let extents = op.base?.assumingMemoryBound(to: Extent.self) else { return -EINVAL }
+                result = query(op, extents)
+            }
+            if result >= 0 { return Int32(result) }
+            if errno != EINTR { return -errno }
+        }
+    }
+
+    /// Alternating extents from `op.offset` on, with lseek(2) SEEK_DATA and SEEK_HOLE; stops early when the array at
+    /// `op.base` is full.
+    /// - Returns: how many, or -1 with errno set.
+    private static func query(_ op: FileOperation, _ extents: UnsafeMutablePointer<Extent>) -> Int {
+        var position = off_t(op.offset)
+        let end = position + off_t(op.length)
+        var count = 0
+        while position < end, count < Int(op.flags) {
+            var data = lseek(op.descriptor, position, SEEK_DATA)
+            if data < 0 {
+                guard errno == ENXIO else { return -1 }
+                data = end
+            }
+            var next = min(data, end)
+            var flags = Extent.holeAndZero
+            if data <= position {
+                let hole = lseek(op.descriptor, position, SEEK_HOLE)
+                guard hole >= 0 else { return -1 }
+                // No progress means that the file shrank under us: the rest reads as nothing.
+                guard hole > position else { break }
+                next = min(hole, end)
+                flags = 0
+            }
+            extents[count] = Extent(length: UInt32(next - position), flags: flags)
+            count += 1
+            position = next
+        }
+        return count
+    }
+}

@@ -1,0 +1,47 @@
+import CLinux
+import Glibc
+
+/// A fixed number of slots for plain values at addresses that never move, taken and given back in LIFO order so that
+/// a shallow queue stays in the cache. Memory is touched when a slot is first used. Lives on one thread.
+package struct Slab<Element>: ~Copyable {
+    package let capacity: Int
+    package private(set) var inUse = 0
+    private let slots: UnsafeMutablePointer<Element>
+    private let free: UnsafeMutablePointer<UnsafeMutablePointer<Element>>
+    private var freeCount = 0
+    private var fresh = 0
+
+    /// - Precondition: `Element` is trivial: slots come with whatever they held before.
+    package init(capacity: Int) {
+        precondition(_isPOD(Element.self))
+        self.capacity = capacity
+        slots = .allocate(capacity: capacity)
+        free = .allocate(capacity: capacity)
+    }
+
+    deinit {
+        slots.deallocate()
+        free.deallocate()
+    }
+
+    /// An uninitialised slot, or nil when all are taken.
+    @inline(__always)
+    package mutating func take() -> UnsafeMutablePointer<Element>? {
+        if freeCount > 0 {
+            freeCount &-= 1
+            inUse &+= 1
+            return free[freeCount]
+        }
+        guard fresh < capacity else { return nil }
+        fresh &+= 1
+        inUse &+= 1
+        return slots + (fresh &- 1)
+    }
+
+    @inline(__always)
+    package mutating func give(_ slot: UnsafeMutablePointer<Element>) {
+        free[freeCount] = slot
+        freeCount &+= 1
+        inUse &-= 1
+    }
+}

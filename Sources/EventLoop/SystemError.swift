@@ -1,0 +1,49 @@
+import CLinux
+import Glibc
+
+/// A failed system call: its errno and what was tried.
+package struct SystemError: Error, Sendable, CustomStringConvertible {
+    /// The errno, one of the E constants, always positive.
+    package let code: Int32
+    /// What was tried, for people: "bind /run/qbd/nbd.sock".
+    package let operation: String
+
+    package init(code: Int32, operation: String) {
+        self.code = code
+        self.operation = operation
+    }
+
+    package var description: String { "\(operation): \(errnoText(code))" }
+}
+
+/// The C library's text for an errno, on any thread.
+package func errnoText(_ code: Int32) -> String {
+    var buffer = [CChar](repeating: 0, count: 128)
+    qbd_strerror(code, &buffer, buffer.count)
+    return String(decoding: buffer.prefix { $0 != 0 }.map { UInt8(bitPattern: $0) }, as: UTF8.self)
+}
+
+/// Repeats a system call while it is interrupted; throws its errno. EBADF and EFAULT are bugs of ours, never of a
+/// peer, and stop the process where the state is still known.
+@inline(__always)
+@discardableResult
+package func retrying<Value: FixedWidthInteger & SignedNumeric>(
+    _ operation: @autoclosure () -> String, _ body: () -> Value
+) throws(SystemError) -> Value {
+    while true {
+        let value = body()
+        if value != -1 { return value }
+        let code = errno
+        if code == EINTR { continue }
+        precondition(code != EBADF && code != EFAULT, "\(operation()): \(errnoText(code))")
+        throw SystemError(code: code, operation: operation())
+    }
+}
+
+/// Nanoseconds of CLOCK_MONOTONIC.
+@inline(__always)
+package func monotonicNanoseconds() -> UInt64 {
+    var time = timespec()
+    clock_gettime(CLOCK_MONOTONIC, &time)
+    return UInt64(truncatingIfNeeded: time.tv_sec) &* 1_000_000_000 &+ UInt64(truncatingIfNeeded: time.tv_nsec)
+}

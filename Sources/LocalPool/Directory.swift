@@ -1,0 +1,108 @@
+import Backend
+import CLinux
+import EventLoop
+import Glibc
+
+/// An open directory and its files by name: every path stays inside it.
+struct Directory: ~Copyable {
+    let path: String
+    let descriptor: Int32
+
+    /// Opens the directory, made with mode 0700 when it is missing and its parent is there.
+    init(path: String) throws(BackendError) {
+        self.path = path
+        if mkdir(path, 0o700) != 0, errno != EEXIST {
+            let code = errno
+            throw BackendError(
+                code: code, message: "the pool's directory \(path) cannot be made: \(errnoText(code))")
+        }
+        descriptor = try Self.call("open the pool's directory \(path)") {
+            qbd_open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0)
+        }
+    }
+
+    deinit { Glibc.close(descriptor) }
+
+    @discardableResult
+    private static func call(_ operation: String, _ body: () -> Int32) throws(BackendError) -> Int32 {
+        do { return try retrying(operation, body) } catch { throw BackendError(error) }
+    }
+
+    func open(_ file: String, _ flags: Int32, mode: mode_t = 0o600) throws(BackendError) -> Int32 {
+        try Self.call("open \(path)/\(file)") { qbd_openat(descriptor, file, flags | O_CLOEXEC | O_NOFOLLOW, mode) }
+    }
+
+    func exists(_ file: String) -> Bool { faccessat(descriptor, file, F_OK, AT_SYMLINK_NOFOLLOW) == 0 }
+
+    func rename(_ old: String, to new: String) throws(BackendError) {
+        try Self.call("rename \(path)/\(old) to \(new)") { renameat(descriptor, old, descriptor, new) }
+    }
+
+    /// Removes the file if it is there.
+    func remove(_ file: String) throws(BackendError) {
+        do { try Self.call("remove \(path)/\(file)") { unlinkat(descriptor, file, 0) } } catch {
+            guard error.code == ENOENT else { throw error }
+        }
+    }
+
+    /// Makes renames and removals durable.
+    func synchronize() throws(BackendError) {
+        try Self.call("synchronize \(path)") { fsync(descriptor) }
+    }
+
+    /// Holds the pool for one change, against other threads and other daemons; released with the descriptor.
+    /// - Returns: a descriptor to close.
+    func lock() throws(BackendError) -> Int32 {
+        let lock = try open(".lock", O_RDWR | O_CREAT)
+        do { try Self.call("lock \(path)") { flock(lock, LOCK_EX) } } catch {
+            Glibc.close(lock)
+            throw error
+        }
+        return lock
+    }
+
+    /// Writes a whole small file durably under a new name; the caller renames it.
+    func write(_ text: String, to file: String) throws(BackendError) {
+        let output = try open(file, O_WRONLY | O_CREAT | O_TRUNC)
+        defer { Glibc.close(output) }
+        var bytes = Array(text.utf8)[...]
+        while !bytes.isEmpty {
+            let count = try Self.call("write \(path)/\(file)") {
+                Int32(bytes.withUnsafeBytes { Glibc.write(output, $0.baseAddress, $0.count) })
+            }
+            bytes = bytes.dropFirst(Int(count))
+        }
+        try Self.call("synchronize \(path)/\(file)") { fsync(output) }
+    }
+
+    /// The contents of a file of at most 64 KiB.
+    func read(_ file: String) throws(BackendError) -> [UInt8] {
+        let input = try open(file, O_RDONLY)
+        defer { Glibc.close(input) }
+        var bytes = [UInt8](repeating: 0, count: 64 << 10)
+        let count = try Self.call("read \(path)/\(file)") {
+            Int32(bytes.withUnsafeMutableBytes { Glibc.read(input, $0.baseAddress, $0.count) })
+        }
+        return Array(bytes.prefix(Int(count)))
+    }
+
+    /// File names, sorted as byte strings.
+    func names() throws(BackendError) -> [String] {
+        let copy = try open(".", O_RDONLY | O_DIRECTORY)
+        guard let stream = fdopendir(copy) else {
+            let code = errno
+            Glibc.close(copy)
+            throw BackendError(code: code, message: "read \(path): \(errnoText(code))")
+        }
+        defer { closedir(stream) }
+        var names: [String] = []
+        while let entry = readdir(stream) {
+            let name = withUnsafePointer(to: &entry.pointee.d_name) { name in
+                name.withMemoryRebound(to: CChar.self, capacity: 256) { String(validatingCString: $0) }
+            }
+            // A name that is not UTF-8 is none of ours.
+            if let name { names.append(name) }
+        }
+        return names.sorted()
+    }
+}

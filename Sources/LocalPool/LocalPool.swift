@@ -1,0 +1,191 @@
+import Backend
+import CLinux
+import EventLoop
+import Glibc
+
+/// Volumes as sparse files in a directory: `NAME.raw` holds the data, `NAME.volume` describes it. A volume exists
+/// exactly when its description does: creating ends, and deleting begins, with that one rename. What a crash leaves
+/// over has a name that begins with a dot, and the next change in the pool removes it.
+package final class LocalPool: VolumePool {
+    package let name: String
+    private let path: String
+
+    /// - Parameter path: absolute; the directory is made at first use when it is missing.
+    package init(name: String, path: String) {
+        self.name = name
+        self.path = path
+    }
+
+    private static let describedBy = ".volume"
+    private static let dataIn = ".raw"
+    private static let fresh = ".new"
+    private static let deleted = ".deleted"
+
+    private static func description(_ volume: String) -> String { volume + describedBy }
+    static func data(_ volume: String) -> String { volume + dataIn }
+
+    // MARK: Create and delete
+
+    package func create(volume: String, size: UInt64, blockSize: UInt32) throws(BackendError) -> VolumeRecord {
+        let directory = try Directory(path: path)
+        let lock = try directory.lock()
+        defer { Glibc.close(lock) }
+        try recover(directory)
+        guard !directory.exists(Self.description(volume)) else {
+            throw BackendError(code: EEXIST, message: "\(name)/\(volume) exists already")
+        }
+        guard !directory.exists(Self.data(volume)) else {
+            throw BackendError(
+                code: EEXIST, message: "\(path)/\(Self.data(volume)) is in the way and belongs to no volume; move it away")
+        }
+        let record = VolumeRecord(
+            id: try unusedID(directory), volume: volume, size: size, blockSize: blockSize, created: Int64(time(nil)))
+        let freshData = "." + Self.data(volume) + Self.fresh
+        let freshDescription = "." + Self.description(volume) + Self.fresh
+        do {
+            try makeSparse(directory, freshData, size: size)
+            try directory.write(VolumeDescription.encode(record), to: freshDescription)
+            try directory.rename(freshDescription, to: Self.description(volume))
+            try directory.synchronize()
+            // From here on the volume exists; a crash before this rename is mended by `recover`.
+            try directory.rename(freshData, to: Self.data(volume))
+            try directory.synchronize()
+        } catch {
+            try recover(directory)
+            throw error
+        }
+        return record
+    }
+
+    private func makeSparse(_ directory: borrowing Directory, _ file: String, size: UInt64) throws(BackendError) {
+        let data = try directory.open(file, O_RDWR | O_CREAT | O_TRUNC)
+        defer { Glibc.close(data) }
+        do {
+            try retrying("make \(path)/\(file) \(size) bytes long") { ftruncate(data, off_t(size)) }
+            try retrying("synchronize \(path)/\(file)") { fsync(data) }
+        } catch { throw BackendError(error) }
+    }
+
+    private func unusedID(_ directory: borrowing Directory) throws(BackendError) -> UInt64 {
+        let used = Set(try records(directory).map(\.id))
+        while true {
+            let id = UInt64.random(in: 1..<(1 << 38)) << 24
+            if !used.contains(id) { return id }
+        }
+    }
+
+    package func delete(volume: String) throws(BackendError) {
+        let directory = try Directory(path: path)
+        let lock = try directory.lock()
+        defer { Glibc.close(lock) }
+        try recover(directory)
+        guard directory.exists(Self.description(volume)) else { throw missing(volume) }
+        // Held until the end: nobody can open what is going away.
+        let data = try openData(directory, volume, readOnly: false)
+        defer { Glibc.close(data) }
+        try directory.rename(Self.description(volume), to: "." + Self.description(volume) + Self.deleted)
+        try directory.synchronize()
+        try recover(directory)
+    }
+
+    /// Finishes what a crash interrupted. Called under the pool's lock.
+    private func recover(_ directory: borrowing Directory) throws(BackendError) {
+        var changed = false
+        for file in try directory.names() where file.hasPrefix(".") {
+            let file = file.dropFirst()
+            if let data = file.removing(suffix: Self.dataIn + Self.fresh) {
+                let volume = String(data)
+                if directory.exists(Self.description(volume)), !directory.exists(Self.data(volume)) {
+                    try directory.rename("." + file, to: Self.data(volume))
+                } else {
+                    try directory.remove("." + file)
+                }
+                changed = true
+            } else if file.hasSuffix(Self.describedBy + Self.fresh) {
+                try directory.remove("." + file)
+                changed = true
+            } else if let gone = file.removing(suffix: Self.describedBy + Self.deleted) {
+                let volume = String(gone)
+                if !directory.exists(Self.description(volume)) { try directory.remove(Self.data(volume)) }
+                try directory.synchronize()
+                try directory.remove("." + file)
+                changed = true
+            }
+        }
+        if changed { try directory.synchronize() }
+    }
+
+    // MARK: List and open
+
+    package func list() throws(BackendError) -> [VolumeRecord] {
+        try records(try Directory(path: path))
+    }
+
+    private func records(_ directory: borrowing Directory) throws(BackendError) -> [VolumeRecord] {
+        var records: [VolumeRecord] = []
+        for file in try directory.names() where !file.hasPrefix(".") {
+            guard let volume = file.removing(suffix: Self.describedBy) else { continue }
+            do {
+                records.append(try describe(directory, String(volume)))
+            } catch {
+                // Deleted since the directory was read.
+                guard error.code == ENOENT else { throw error }
+            }
+        }
+        return records
+    }
+
+    private func describe(_ directory: borrowing Directory, _ volume: String) throws(BackendError) -> VolumeRecord {
+        let file = Self.description(volume)
+        return try VolumeDescription.decode(try directory.read(file), volume: volume, file: "\(path)/\(file)")
+    }
+
+    package func open(volume: String, readOnly: Bool) throws(BackendError) -> any OpenVolume {
+        let directory = try Directory(path: path)
+        let lock = try directory.lock()
+        defer { Glibc.close(lock) }
+        try recover(directory)
+        guard directory.exists(Self.description(volume)) else { throw missing(volume) }
+        let record = try describe(directory, volume)
+        let data = try openData(directory, volume, readOnly: readOnly)
+        var status = stat()
+        guard fstat(data, &status) == 0, UInt64(status.st_size) >= record.size else {
+            Glibc.close(data)
+            throw BackendError(
+                code: EIO,
+                message: "\(path)/\(Self.data(volume)) has \(status.st_size) bytes, its description says \(record.size); "
+                    + "data is missing, restore the file")
+        }
+        return LocalOpenVolume(record: record, descriptor: data, readOnly: readOnly)
+    }
+
+    /// Opens the data file and locks it: one user that writes, or any number that only read.
+    private func openData(
+        _ directory: borrowing Directory, _ volume: String, readOnly: Bool
+    ) throws(BackendError) -> Int32 {
+        let data = try directory.open(Self.data(volume), readOnly ? O_RDONLY : O_RDWR)
+        guard flock(data, (readOnly ? LOCK_SH : LOCK_EX) | LOCK_NB) == 0 else {
+            let code = errno
+            Glibc.close(data)
+            guard code == EWOULDBLOCK else {
+                throw BackendError(code: code, message: "lock \(path)/\(Self.data(volume)): \(errnoText(code))")
+            }
+            throw BackendError(
+                code: EBUSY, message: "\(name)/\(volume) is in use (\(path)/\(Self.data(volume)) is locked); unmap it first")
+        }
+        return data
+    }
+
+    private func missing(_ volume: String) -> BackendError {
+        BackendError(
+            code: ENOENT, message: "no volume \(volume) in pool \(name); `qbd volumes \(name)` lists what there is")
+    }
+}
+
+extension StringProtocol {
+    /// The rest in front of a suffix; nil where there is no such suffix or nothing before it.
+    fileprivate func removing(suffix: String) -> SubSequence? {
+        guard hasSuffix(suffix), utf8.count > suffix.utf8.count else { return nil }
+        return dropLast(suffix.count)
+    }
+}

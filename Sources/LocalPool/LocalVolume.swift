@@ -1,0 +1,215 @@
+import Backend
+import CLinux
+import EventLoop
+import Glibc
+
+/// A data file that is open and locked.
+final class LocalOpenVolume: OpenVolume {
+    let record: VolumeRecord
+    let readOnly: Bool
+    let descriptor: Int32
+    var protocolName: String { "local" }
+
+    init(record: VolumeRecord, descriptor: Int32, readOnly: Bool) {
+        self.record = record
+        self.descriptor = descriptor
+        self.readOnly = readOnly
+    }
+
+    func start(
+        on loop: EventLoop, buffers: BufferPool, client: any BackendClient
+    ) throws(BackendError) -> any Backend {
+        do {
+            return try LocalVolume(self, loop: loop, buffers: buffers, client: client)
+        } catch { throw BackendError(error) }
+    }
+
+    func close() { Glibc.close(descriptor) }
+}
+
+/// A volume in a file, on a loop. Reads go through the page cache; a flush is fdatasync(2), FUA is RWF_DSYNC.
+final class LocalVolume: Backend, FileCompletion {
+    /// More than the requests of many sessions; a volume with more in flight waits for a free operation.
+    private static let capacity = 8192
+    /// Extents of one answer: more do not fit 4 KiB.
+    private static let maximumExtents = BufferPool.blockSize / MemoryLayout<Extent>.stride
+
+    let geometry: Geometry
+    private let volume: LocalOpenVolume
+    private let buffers: BufferPool
+    private unowned(unsafe) let client: any BackendClient
+    private var ring: FileRing?
+    private var fallback: ZeroWriter?
+    /// Set by a failed fdatasync: the kernel reports lost writes once, and a later success would say nothing about
+    /// them. Every flush fails from then on.
+    private var flushError: Int32 = 0
+    /// What the file system cannot do is asked for once.
+    private var canPunch = true
+    private var canZero = true
+
+    init(_ volume: LocalOpenVolume, loop: EventLoop, buffers: BufferPool, client: any BackendClient)
+        throws(SystemError)
+    {
+        self.volume = volume
+        self.buffers = buffers
+        self.client = client
+        var geometry = Geometry(size: volume.record.size, blockSize: volume.record.blockSize)
+        geometry.readOnly = volume.readOnly
+        self.geometry = geometry
+        ring = try FileRing(loop: loop, capacity: Self.capacity, completion: self)
+    }
+
+    func close() {
+        ring?.close()
+        ring = nil
+    }
+
+    // MARK: Submission
+
+    func submit(_ io: UnsafeMutablePointer<IO>) {
+        guard let ring else { return finish(io, EIO) }
+        let context = UnsafeMutableRawPointer(io)
+        let accepted: Bool
+        switch io.pointee.operation {
+        case .read:
+            guard let buffer = take(io) else { return finish(io, ENOMEM) }
+            io.pointee.segment.base = buffer
+            io.pointee.segment.count = Int(io.pointee.length)
+            accepted = ring.read(
+                volume.descriptor, into: buffer, length: Int(io.pointee.length), offset: io.pointee.offset,
+                context: context)
+        case .write:
+            if io.pointee.durable, flushError != 0 { return finish(io, flushError) }
+            accepted = ring.write(
+                volume.descriptor, from: io.pointee.segment.base, length: Int(io.pointee.length),
+                offset: io.pointee.offset, durable: io.pointee.durable, context: context)
+        case .flush:
+            if flushError != 0 { return finish(io, flushError) }
+            accepted = ring.synchronize(volume.descriptor, context: context)
+        case .trim, .writeZeroes:
+            guard let mode = allocationMode(io.pointee) else { return cannotAllocate(io) }
+            accepted = ring.allocate(
+                volume.descriptor, mode: mode, offset: io.pointee.offset, length: Int(io.pointee.length),
+                context: context)
+        case .cache:
+            // Advice: the kernel starts reading ahead, or does not.
+            posix_fadvise(volume.descriptor, off_t(io.pointee.offset), off_t(io.pointee.length), POSIX_FADV_WILLNEED)
+            return finish(io, 0)
+        case .extents:
+            io.pointee.ownsBuffer = false
+            guard let buffer = buffers.allocate(BufferPool.blockSize) else { return finish(io, ENOMEM) }
+            io.pointee.buffer = buffer
+            io.pointee.ownsBuffer = true
+            io.pointee.segment.base = buffer.base
+            accepted = ring.queryExtents(
+                volume.descriptor, offset: io.pointee.offset, length: Int(io.pointee.length),
+                extents: buffer.base.bindMemory(to: Extent.self, capacity: Self.maximumExtents),
+                capacity: Self.maximumExtents, context: context)
+        }
+        if !accepted { finish(io, EAGAIN) }
+    }
+
+    @inline(__always)
+    private func take(_ io: UnsafeMutablePointer<IO>) -> UnsafeMutableRawPointer? {
+        guard let buffer = buffers.allocate(Int(io.pointee.length)) else { return nil }
+        io.pointee.buffer = buffer
+        io.pointee.ownsBuffer = true
+        return buffer.base
+    }
+
+    /// A punched hole reads as zeros and frees space; ZERO_RANGE keeps the space reserved, as NO_HOLE asks.
+    private func allocationMode(_ io: IO) -> Int32? {
+        if io.operation == .trim || io.mayPunch, canPunch { return FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE }
+        return canZero ? FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE : nil
+    }
+
+    /// The file system has neither operation: trim is advice, fast zeroes are refused, others are written.
+    private func cannotAllocate(_ io: UnsafeMutablePointer<IO>) {
+        if io.pointee.operation == .trim { return finish(io, 0) }
+        if io.pointee.fast { return finish(io, EOPNOTSUPP) }
+        guard let ring else { return finish(io, EIO) }
+        let length = min(Int(io.pointee.length), ZeroWriter.chunk)
+        if fallback == nil { fallback = ZeroWriter(buffers: buffers) }
+        guard let zeros = fallback?.zeros else { return finish(io, ENOMEM) }
+        io.pointee.segment.count = length
+        if !ring.write(
+            volume.descriptor, from: zeros, length: length, offset: io.pointee.offset, durable: io.pointee.durable,
+            context: UnsafeMutableRawPointer(io))
+        {
+            finish(io, EAGAIN)
+        }
+    }
+
+    // MARK: Completion
+
+    func fileOperationCompleted(_ context: UnsafeMutableRawPointer, result: Int32) {
+        let io = context.assumingMemoryBound(to: IO.self)
+        guard result >= 0 else { return failed(io, -result) }
+        switch io.pointee.operation {
+        case .extents:
+            io.pointee.segment.count = Int(result) * MemoryLayout<Extent>.stride
+            // Nothing found means that the file ended early.
+            return finish(io, result == 0 ? EIO : 0)
+        case .writeZeroes:
+            if io.pointee.segment.count > 0 {
+                // One piece of zeros is written; the next one goes on behind it.
+                io.pointee.offset += UInt64(io.pointee.segment.count)
+                io.pointee.length -= UInt32(io.pointee.segment.count)
+                io.pointee.segment.count = 0
+                if io.pointee.length > 0 { return cannotAllocate(io) }
+            } else if io.pointee.durable {
+                return synchronize(io)
+            }
+        case .trim where io.pointee.durable: return synchronize(io)
+        case .read, .write, .flush, .trim, .cache: break
+        }
+        finish(io, 0)
+    }
+
+    /// The metadata of a zeroed range is made durable by a flush of its own.
+    private func synchronize(_ io: UnsafeMutablePointer<IO>) {
+        io.pointee.operation = .flush
+        submit(io)
+    }
+
+    private func failed(_ io: UnsafeMutablePointer<IO>, _ code: Int32) {
+        switch io.pointee.operation {
+        case .flush: flushError = code
+        case .write where io.pointee.durable: flushError = code
+        case .trim, .writeZeroes:
+            guard code == EOPNOTSUPP, io.pointee.segment.count == 0 else { break }
+            if io.pointee.operation == .trim || io.pointee.mayPunch, canPunch {
+                canPunch = false
+            } else {
+                canZero = false
+            }
+            if io.pointee.operation == .trim { return finish(io, 0) }
+            return submit(io)
+        default: break
+        }
+        finish(io, code)
+    }
+
+    private func finish(_ io: UnsafeMutablePointer<IO>, _ code: Int32) {
+        io.pointee.status = code
+        client.completed(io)
+    }
+}
+
+/// A piece of zeros to write from, where the file system cannot zero by itself.
+private final class ZeroWriter {
+    static let chunk = 1 << 20
+    let zeros: UnsafeMutableRawPointer
+    private let buffer: Buffer
+    private let buffers: BufferPool
+
+    init?(buffers: BufferPool) {
+        guard let buffer = buffers.allocate(Self.chunk) else { return nil }
+        self.buffer = buffer
+        self.buffers = buffers
+        zeros = buffer.base
+        memset(zeros, 0, Self.chunk)
+    }
+
+    deinit { buffers.free(buffer) }
+}

@@ -1,0 +1,108 @@
+import Backend
+import CLinux
+import EventLoop
+import Glibc
+import Synchronization
+
+/// Volumes in memory, gone with the daemon: for benchmarks and tests.
+package final class MemoryPool: VolumePool {
+    package let name: String
+    private let volumes = Mutex<[String: MemoryStore]>([:])
+
+    package init(name: String) { self.name = name }
+
+    package func create(volume: String, size: UInt64, blockSize: UInt32) throws(BackendError) -> VolumeRecord {
+        try volumes.withLock { (volumes) throws(BackendError) in
+            guard volumes[volume] == nil else {
+                throw BackendError(code: EEXIST, message: "\(name)/\(volume) exists already")
+            }
+            let id = (volumes.values.map(\.record.id).max() ?? 0) + 1 << 24
+            let record = VolumeRecord(
+                id: id, volume: volume, size: size, blockSize: blockSize, created: Int64(time(nil)))
+            volumes[volume] = try MemoryStore(record)
+            return record
+        }
+    }
+
+    package func delete(volume: String) throws(BackendError) {
+        try volumes.withLock { (volumes) throws(BackendError) in
+            guard let store = volumes[volume] else { throw missing(volume) }
+            guard store.users.load(ordering: .relaxed) == 0 else { throw busy(volume) }
+            volumes[volume] = nil
+        }
+    }
+
+    package func list() -> [VolumeRecord] {
+        volumes.withLock { $0.values.map(\.record).sorted { $0.volume < $1.volume } }
+    }
+
+    package func open(volume: String, readOnly: Bool) throws(BackendError) -> any OpenVolume {
+        try volumes.withLock { (volumes) throws(BackendError) -> any OpenVolume in
+            guard let store = volumes[volume] else { throw missing(volume) }
+            guard store.users.load(ordering: .relaxed) == 0 else { throw busy(volume) }
+            store.users.store(1, ordering: .relaxed)
+            return MemoryOpenVolume(store: store, readOnly: readOnly)
+        }
+    }
+
+    private func missing(_ volume: String) -> BackendError {
+        BackendError(
+            code: ENOENT, message: "no volume \(volume) in pool \(name); `qbd volumes \(name)` lists what there is")
+    }
+
+    private func busy(_ volume: String) -> BackendError {
+        BackendError(code: EBUSY, message: "\(name)/\(volume) is in use; unmap it first")
+    }
+}
+
+/// The bytes of one volume: an area of memory that is spent as it is written, and a mark for each piece that was.
+final class MemoryStore: @unchecked Sendable {
+    /// Bytes that one mark stands for.
+    static let grain = 64 << 10
+
+    let record: VolumeRecord
+    let base: UnsafeMutableRawPointer
+    let written: UnsafeMutablePointer<Bool>
+    /// 0 or 1; changed under the pool's lock, and by close.
+    let users = Atomic<Int>(0)
+
+    init(_ record: VolumeRecord) throws(BackendError) {
+        let length = Int(record.size)
+        let address = mmap(
+            nil, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+        guard let address, address != qbd_map_failed(),
+            let marks = calloc((length + Self.grain - 1) / Self.grain, MemoryLayout<Bool>.stride)
+        else {
+            throw BackendError(
+                code: ENOMEM, message: "no address space for \(length) bytes of \(record.volume) in memory")
+        }
+        // Large pages: random access would spend its time in the translation of addresses.
+        madvise(address, length, MADV_HUGEPAGE)
+        self.record = record
+        base = address
+        written = marks.bindMemory(to: Bool.self, capacity: (length + Self.grain - 1) / Self.grain)
+    }
+
+    deinit {
+        munmap(base, Int(record.size))
+        free(written)
+    }
+}
+
+final class MemoryOpenVolume: OpenVolume {
+    let store: MemoryStore
+    let readOnly: Bool
+    var record: VolumeRecord { store.record }
+    var protocolName: String { "memory" }
+
+    init(store: MemoryStore, readOnly: Bool) {
+        self.store = store
+        self.readOnly = readOnly
+    }
+
+    func start(on loop: EventLoop, buffers: BufferPool, client: any BackendClient) -> any Backend {
+        MemoryVolume(store, readOnly: readOnly, buffers: buffers, client: client)
+    }
+
+    func close() { store.users.store(0, ordering: .relaxed) }
+}

@@ -1,0 +1,259 @@
+import CLinux
+import EventLoop
+import Glibc
+
+/// Finds exports and takes connections whose handshake is done. Called on the listener's loop.
+package protocol ExportHost: ExportDirectory, AnyObject {
+    /// Serves the connection from here on, and closes it in the end.
+    /// - Parameter leftover: what the client sent behind the handshake.
+    func attach(descriptor: Int32, peer: String, negotiated: Negotiated, leftover: [UInt8])
+    /// One line for the log.
+    func listenerEvent(_ message: String)
+}
+
+/// A listening socket on a loop of its own: accepts, and leads each client through the handshake without waiting for
+/// any. Used on its loop's thread alone; only the reference travels.
+package final class Listener: EventSource, @unchecked Sendable {
+    /// Handshakes under way at a time; more clients wait in the socket's backlog.
+    static let maximumHandshakes = 512
+    /// Seconds a client has for its handshake.
+    static let handshakeTimeout: UInt64 = 30
+
+    let loop: EventLoop
+    unowned(unsafe) let host: any ExportHost
+    private let descriptor: Int32
+    private let isTCP: Bool
+    private var token: EventLoop.Token?
+    private var handshakes: [ObjectIdentifier: HandshakeConnection] = [:]
+    private var retry: LoopTimer?
+    private var listening = false
+
+    /// Takes over a listening socket; on the loop's thread.
+    /// - Parameter host: outlives the listener.
+    package init(loop: EventLoop, descriptor: Int32, isTCP: Bool, host: any ExportHost) throws(SystemError) {
+        self.loop = loop
+        self.host = host
+        self.descriptor = descriptor
+        self.isTCP = isTCP
+        retry = LoopTimer(loop: loop) { [unowned self] in resumeAccepting() }
+        token = try loop.add(descriptor, events: EPOLLIN.rawValue, source: self)
+        listening = true
+    }
+
+    /// Stops listening and drops clients that are still in their handshake; on the loop's thread.
+    package func close() {
+        retry?.cancel()
+        retry = nil
+        if let token { loop.remove(token, descriptor: descriptor) }
+        token = nil
+        Glibc.close(descriptor)
+        for connection in handshakes.values { connection.close() }
+        handshakes = [:]
+    }
+
+    package func ready(events: UInt32) {
+        while listening {
+            var address = sockaddr_storage()
+            var length = socklen_t(MemoryLayout<sockaddr_storage>.size)
+            let client = withUnsafeMutablePointer(to: &address) { storage in
+                storage.withMemoryRebound(to: sockaddr.self, capacity: 1) {
+                    accept4(descriptor, __SOCKADDR_ARG(__sockaddr__: $0), &length, Int32(SOCK_CLOEXEC.rawValue | SOCK_NONBLOCK.rawValue))
+                }
+            }
+            guard client >= 0 else { return acceptFailed(errno) }
+            if isTCP { setTCPOptions(client) }
+            begin(client, peer: isTCP ? describe(&address) : "unix")
+        }
+    }
+
+    private func acceptFailed(_ code: Int32) {
+        switch code {
+        case EAGAIN, EINTR, ECONNABORTED: return
+        default:
+            // EMFILE, ENFILE, ENOMEM: the client waits in the backlog; asking again at once would spin.
+            host.listenerEvent("cannot accept a client: \(errnoText(code)); trying again in 100 ms")
+            pauseAccepting()
+            retry?.arm(after: 100_000_000)
+        }
+    }
+
+    private func pauseAccepting() {
+        guard let token, listening else { return }
+        listening = false
+        loop.modify(token, descriptor: descriptor, events: 0)
+    }
+
+    private func resumeAccepting() {
+        guard let token, !listening else { return }
+        listening = true
+        loop.modify(token, descriptor: descriptor, events: EPOLLIN.rawValue)
+    }
+
+    private func begin(_ client: Int32, peer: String) {
+        let connection = HandshakeConnection(descriptor: client, peer: peer, listener: self)
+        do {
+            try connection.start()
+        } catch {
+            host.listenerEvent("\(peer): \(error)")
+            return
+        }
+        handshakes[ObjectIdentifier(connection)] = connection
+        if handshakes.count >= Self.maximumHandshakes { pauseAccepting() }
+        connection.proceed()
+    }
+
+    func ended(_ connection: HandshakeConnection) {
+        handshakes[ObjectIdentifier(connection)] = nil
+        if handshakes.count < Self.maximumHandshakes, retry?.isArmed == false { resumeAccepting() }
+    }
+
+    private func setTCPOptions(_ client: Int32) {
+        var one: Int32 = 1
+        setsockopt(client, Int32(IPPROTO_TCP), TCP_NODELAY, &one, socklen_t(MemoryLayout<Int32>.size))
+        setsockopt(client, SOL_SOCKET, SO_KEEPALIVE, &one, socklen_t(MemoryLayout<Int32>.size))
+    }
+
+    private func describe(_ address: inout sockaddr_storage) -> String {
+        var host = [CChar](repeating: 0, count: Int(NI_MAXHOST))
+        var port = [CChar](repeating: 0, count: Int(NI_MAXSERV))
+        let length = socklen_t(MemoryLayout<sockaddr_storage>.size)
+        let code = withUnsafePointer(to: &address) { storage in
+            storage.withMemoryRebound(to: sockaddr.self, capacity: 1) {
+                getnameinfo(
+                    $0, length, &host, socklen_t(host.count), &port, socklen_t(port.count),
+                    NI_NUMERICHOST | NI_NUMERICSERV)
+            }
+        }
+        guard code == 0 else { return "tcp" }
+        let text = [host, port].map { field in
+            String(decoding: field.prefix { $0 != 0 }.map { UInt8(bitPattern: $0) }, as: UTF8.self)
+        }
+        return text.joined(separator: ":")
+    }
+}
+
+/// One client in its handshake, on the listener's loop.
+final class HandshakeConnection: EventSource {
+    private let descriptor: Int32
+    private let peer: String
+    private unowned let listener: Listener
+    private var token: EventLoop.Token?
+    private var deadline: LoopTimer?
+    private var handshake = Handshake()
+    private var input: [UInt8] = []
+    private var sent = 0
+    private var outcome: Handshake.Progress?
+    private var waitsForRoom = false
+
+    init(descriptor: Int32, peer: String, listener: Listener) {
+        self.descriptor = descriptor
+        self.peer = peer
+        self.listener = listener
+    }
+
+    func start() throws(SystemError) {
+        do {
+            token = try listener.loop.add(descriptor, events: EPOLLIN.rawValue, source: self)
+        } catch {
+            Glibc.close(descriptor)
+            throw error
+        }
+        let timer = LoopTimer(loop: listener.loop) { [unowned self] in
+            end("no handshake within \(Listener.handshakeTimeout) s")
+        }
+        timer.arm(after: Listener.handshakeTimeout * 1_000_000_000)
+        deadline = timer
+    }
+
+    /// Leaves the loop and closes the socket.
+    func close() {
+        detach()
+        Glibc.close(descriptor)
+    }
+
+    private func detach() {
+        deadline?.cancel()
+        deadline = nil
+        if let token { listener.loop.remove(token, descriptor: descriptor) }
+        token = nil
+    }
+
+    private func end(_ reason: String?) {
+        guard token != nil else { return }
+        close()
+        if let reason { listener.host.listenerEvent("\(peer): handshake ended: \(reason)") }
+        listener.ended(self)
+    }
+
+    func ready(events: UInt32) {
+        if events & EPOLLOUT.rawValue != 0 { return proceed() }
+        guard events & EPOLLIN.rawValue != 0 else { return end(nil) }
+        let count = withUnsafeTemporaryAllocation(byteCount: 16384, alignment: 8) { buffer in
+            let count = recv(descriptor, buffer.baseAddress, buffer.count, Int32(MSG_DONTWAIT))
+            if count > 0 { input.append(contentsOf: buffer.prefix(count)) }
+            return count
+        }
+        if count > 0 { return proceed() }
+        if count == 0 { return end(input.isEmpty ? nil : "the client closed within an option") }
+        if errno != EAGAIN && errno != EINTR { end("receive: \(errnoText(errno))") }
+    }
+
+    /// Handles what has arrived and sends what there is to say, until one of both has to wait.
+    func proceed() {
+        while token != nil {
+            let before = input.count
+            if outcome == nil {
+                let progress = handshake.receive(&input, exports: AnyDirectory(host: listener.host))
+                if progress != .needsMore { outcome = progress }
+            }
+            guard send() else { return }
+            switch outcome {
+            case nil, .needsMore: if input.isEmpty || input.count == before { return }
+            case .closed(let reason): return end(reason)
+            case .transmission(let negotiated):
+                detach()
+                listener.ended(self)
+                listener.host.attach(descriptor: descriptor, peer: peer, negotiated: negotiated, leftover: input)
+                return
+            }
+        }
+    }
+
+    /// - Returns: whether all output is out; otherwise the socket is waited for, and nothing is read meanwhile.
+    private func send() -> Bool {
+        while sent < handshake.output.count {
+            let count = handshake.output.withUnsafeBytes { bytes in
+                Glibc.send(
+                    descriptor, bytes.baseAddress.map { $0 + sent }, bytes.count - sent,
+                    Int32(MSG_NOSIGNAL) | Int32(MSG_DONTWAIT))
+            }
+            if count >= 0 {
+                sent += count
+            } else if errno == EAGAIN {
+                setWaiting(true)
+                return false
+            } else if errno != EINTR {
+                end("send: \(errnoText(errno))")
+                return false
+            }
+        }
+        handshake.output.removeAll(keepingCapacity: true)
+        sent = 0
+        setWaiting(false)
+        return true
+    }
+
+    private func setWaiting(_ waiting: Bool) {
+        guard waiting != waitsForRoom, let token else { return }
+        waitsForRoom = waiting
+        let events = waiting ? EPOLLOUT.rawValue : EPOLLIN.rawValue
+        listener.loop.modify(token, descriptor: descriptor, events: events)
+    }
+}
+
+/// Opens the existential once, for the generic handshake.
+private struct AnyDirectory: ExportDirectory {
+    unowned(unsafe) let host: any ExportHost
+    func export(named name: String) -> ExportLookup { host.export(named: name) }
+    func exportNames() -> [String] { host.exportNames() }
+}

@@ -1,0 +1,90 @@
+import CLinux
+import EventLoop
+import Glibc
+
+extension Session {
+    /// iovecs one `sendmsg` takes (IOV_MAX).
+    package static let vectorCapacity = 1024
+
+    /// Queues the reply; it is sent at the end of the turn together with the others.
+    @inline(__always)
+    func enqueueReply(_ request: UnsafeMutablePointer<Request>) {
+        guard !closed else { return release(request) }
+        request.buildReply(structured: limits.structured)
+        request.pointee.next = nil
+        if let lastReply { lastReply.pointee.next = request } else { firstReply = request }
+        lastReply = request
+    }
+
+    /// Sends as many replies as the socket takes.
+    func sendReplies() {
+        while firstReply != nil {
+            let (count, bytes) = gather()
+            var message = msghdr()
+            message.msg_iov = vectors
+            message.msg_iovlen = count
+            let sent = sendmsg(descriptor, &message, Int32(MSG_NOSIGNAL | MSG_DONTWAIT))
+            if sent < 0 {
+                if errno == EINTR { continue }
+                guard errno == EAGAIN else { return fail("send: \(errnoText(errno))") }
+                waitsForRoom = true
+                return updateEvents()
+            }
+            consume(sent)
+            if sent < bytes {
+                waitsForRoom = true
+                return updateEvents()
+            }
+        }
+    }
+
+    /// Lays the unsent bytes of the queued replies out in `vectors`.
+    @inline(__always)
+    private func gather() -> (count: Int, bytes: Int) {
+        var count = 0
+        var bytes = 0
+        var skip = sentOfFirst
+        var next = firstReply
+        while let request = next, count < Self.vectorCapacity &- 2 {
+            add(UnsafeMutableRawPointer(request), request.pointee.headCount, &skip, &count, &bytes)
+            if let text = request.pointee.errorText, request.pointee.status != 0 {
+                add(UnsafeMutableRawPointer(mutating: text.utf8Start), text.utf8CodeUnitCount, &skip, &count, &bytes)
+            }
+            var segment = request.pointee.segments
+            while let part = segment {
+                guard count < Self.vectorCapacity else { return (count, bytes) }
+                add(part.pointee.base, part.pointee.count, &skip, &count, &bytes)
+                segment = part.pointee.next
+            }
+            next = request.pointee.next
+        }
+        return (count, bytes)
+    }
+
+    @inline(__always)
+    private func add(
+        _ base: UnsafeMutableRawPointer, _ length: Int, _ skip: inout Int, _ count: inout Int, _ bytes: inout Int
+    ) {
+        if skip >= length {
+            skip &-= length
+            return
+        }
+        vectors[count] = iovec(iov_base: base + skip, iov_len: length &- skip)
+        bytes &+= length &- skip
+        skip = 0
+        count &+= 1
+    }
+
+    /// Frees the replies that are wholly sent.
+    @inline(__always)
+    private func consume(_ sent: Int) {
+        var left = sent &+ sentOfFirst
+        while let request = firstReply, left >= request.pointee.replyCount {
+            left &-= request.pointee.replyCount
+            firstReply = request.pointee.next
+            release(request)
+        }
+        if firstReply == nil { lastReply = nil }
+        sentOfFirst = left
+    }
+}

@@ -1,0 +1,204 @@
+import CLinux
+import EventLoop
+import Glibc
+
+/// The volume, as its sessions see it. All calls on the volume's loop.
+package protocol SessionTarget: AnyObject {
+    /// A slot for a request; nil when there is none, and the session stops reading until its own are answered.
+    func takeRequest() -> UnsafeMutablePointer<Request>?
+    /// Starts the request; it is answered once, by its `reply()`, maybe before this returns.
+    func submit(_ request: UnsafeMutablePointer<Request>)
+    /// The reply is out, or nobody is left to take it: the slot and what it holds are free.
+    func release(_ request: UnsafeMutablePointer<Request>)
+    /// The connection has ended and nothing of it is in flight.
+    /// - Parameter reason: for the log; nil when the client left as the protocol says.
+    func sessionEnded(_ session: Session, reason: String?)
+}
+
+/// One client in the transmission phase, on the loop of its volume.
+package final class Session: EventSource {
+    /// Most requests from first byte to reply; the kernel's client sends up to 128 on a socket.
+    package static let maximumInFlight = 128
+    /// Payload and read data a session may hold at a time, unless one request alone is larger.
+    static let maximumHeldBytes = 16 << 20
+    /// From this payload on, the rest of a write is received alone, so that it is never moved.
+    static let largePayload = 32 << 10
+
+    /// For the log: "unix" or the peer's address.
+    package let peer: String
+    package let limits: RequestLimits
+    let loop: EventLoop
+    let buffers: BufferPool
+    let descriptor: Int32
+    unowned(unsafe) let target: any SessionTarget
+    let vectors: UnsafeMutablePointer<iovec>
+
+    var token: EventLoop.Token?
+    var events: UInt32 = 0
+    var input: UnsafeMutablePointer<Input>?
+    /// Bytes that must arrive before the request at the front is whole; 0 when its header is not there yet.
+    var missing = 0
+    /// Payload of a refused write, still to be thrown away, and how to answer it then.
+    var dropping = 0
+    var dropped: (header: RequestHeader, refusal: Refusal)?
+
+    /// Requests from parsing to `release`.
+    package private(set) var inFlight = 0
+    var heldBytes = 0
+    /// Parsing stopped for want of slots or bytes.
+    var paused = false
+    /// No more requests will come: DISC, end of stream, or the daemon stops.
+    var draining = false
+    var closed = false
+    private var ended = false
+    var endReason: String?
+
+    var firstReply: UnsafeMutablePointer<Request>?
+    var lastReply: UnsafeMutablePointer<Request>?
+    /// Bytes of the first reply that are already sent.
+    var sentOfFirst = 0
+    var waitsForRoom = false
+
+    /// On the loop's thread.
+    /// - Parameters:
+    ///   - descriptor: a connected stream socket, owned by the session from here on.
+    ///   - leftover: what the client sent behind the handshake.
+    ///   - vectors: scratch of `vectorCapacity` iovecs, shared by the sessions of a loop.
+    ///   - target: outlives the session.
+    package init(
+        descriptor: Int32, peer: String, negotiated: Negotiated, loop: EventLoop, buffers: BufferPool,
+        vectors: UnsafeMutablePointer<iovec>, target: any SessionTarget
+    ) {
+        self.descriptor = descriptor
+        self.peer = peer
+        limits = RequestLimits(negotiated)
+        self.loop = loop
+        self.buffers = buffers
+        self.vectors = vectors
+        self.target = target
+    }
+
+    /// Begins to serve. Throws what the loop says of the descriptor, and then has closed it.
+    package func start(leftover: [UInt8]) throws(SystemError) {
+        do {
+            events = EPOLLIN.rawValue
+            token = try loop.add(descriptor, events: events, source: self)
+        } catch {
+            Glibc.close(descriptor)
+            closed = true
+            throw error
+        }
+        guard !leftover.isEmpty else { return }
+        guard let input = needInput(leftover.count) else { return fail("out of memory") }
+        leftover.withUnsafeBytes { bytes in
+            guard let source = bytes.baseAddress else { return }
+            input.pointee.base.copyMemory(from: source, byteCount: bytes.count)
+        }
+        input.pointee.end = leftover.count
+        parse()
+    }
+
+    /// Reads no more requests; ends when those in flight are answered.
+    package func drain() {
+        draining = true
+        updateEvents()
+        endIfDone()
+    }
+
+    /// Ends at once; what is in flight completes without an answer.
+    package func abort(_ reason: String) { fail(reason) }
+
+    // MARK: Events
+
+    package func ready(events ready: UInt32) {
+        if ready & EPOLLOUT.rawValue != 0 {
+            waitsForRoom = false
+            updateEvents()
+        }
+        if ready & EPOLLIN.rawValue != 0, !draining, !paused { return receive() }
+        if ready & (EPOLLERR.rawValue | EPOLLHUP.rawValue) != 0 {
+            // Nobody is there any more to read replies.
+            fail(draining ? nil : "connection lost")
+        } else if ready & EPOLLIN.rawValue != 0 {
+            updateEvents()
+        }
+    }
+
+    /// Waits for what is of use now: input when there is room for requests, output when the socket was full.
+    func updateEvents() {
+        guard let token, !closed else { return }
+        var wanted: UInt32 = 0
+        if !draining, !paused { wanted |= EPOLLIN.rawValue }
+        if waitsForRoom { wanted |= EPOLLOUT.rawValue }
+        guard wanted != events else { return }
+        events = wanted
+        loop.modify(token, descriptor: descriptor, events: wanted)
+    }
+
+    /// Called by the volume at the end of a turn.
+    @inline(__always)
+    package func endOfTurn() {
+        if firstReply != nil, !waitsForRoom { sendReplies() }
+        if paused { resume() }
+        if draining || closed { endIfDone() }
+    }
+
+    /// Called by the volume when the loop was quiet for a while: gives the memory of an idle connection back.
+    package func releaseIdleMemory() {
+        guard let input, input.pointee.available == 0, input.pointee.references == 0 else { return }
+        retire(input)
+        self.input = nil
+    }
+
+    // MARK: Slots
+
+    @inline(__always)
+    func take(_ header: RequestHeader, _ command: Command) -> UnsafeMutablePointer<Request>? {
+        guard inFlight < Self.maximumInFlight, let request = target.takeRequest() else { return nil }
+        inFlight &+= 1
+        request.initialize(
+            to: Request(session: .passUnretained(self), header: header, command: command, arrival: loop.now))
+        return request
+    }
+
+    @inline(__always)
+    func release(_ request: UnsafeMutablePointer<Request>) {
+        inFlight &-= 1
+        if request.pointee.command == .read || request.pointee.command == .write {
+            heldBytes &-= Int(request.pointee.length)
+        }
+        if let input = request.pointee.input {
+            input.pointee.references &-= 1
+            if input.pointee.references == 0, input != self.input { retire(input) }
+        }
+        target.release(request)
+    }
+
+    // MARK: The end
+
+    /// Ends the connection now. Requests in flight go on without it.
+    func fail(_ reason: String?) {
+        guard !closed else { return }
+        closed = true
+        draining = true
+        endReason = reason
+        if let token { loop.remove(token, descriptor: descriptor) }
+        token = nil
+        Glibc.close(descriptor)
+        while let request = firstReply {
+            firstReply = request.pointee.next
+            release(request)
+        }
+        lastReply = nil
+        loop.runAgain()
+    }
+
+    private func endIfDone() {
+        guard draining, inFlight == 0, !ended else { return }
+        if !closed { fail(endReason) }
+        ended = true
+        if let input { retire(input) }
+        input = nil
+        target.sessionEnded(self, reason: endReason)
+    }
+}

@@ -1,0 +1,286 @@
+import Backend
+import CLinux
+import EventLoop
+import Glibc
+import Logging
+import NBD
+
+/// A mapped volume: its loop, its sessions, and the way of each request through gate, throttle and splitter to the
+/// backend. Everything but `start`, `attach`, `stop` and `status` runs on the loop.
+package final class Volume: SessionTarget, BackendClient, TurnObserver, @unchecked Sendable {
+    package let name: String
+    package let export: Export
+    let opened: any OpenVolume
+    let loop: EventLoop
+    let logger: Logger
+    private let maximumSessions: Int
+    /// Called on the loop when a session begins or ends, with how many there are.
+    private let sessionsChanged: @Sendable (Int) -> Void
+
+    // The loop's state.
+    let buffers: BufferPool
+    var backend: (any Backend)?
+    private let vectors: UnsafeMutablePointer<iovec>
+    private var sessions: ContiguousArray<Session> = []
+    private var endedSessions: ContiguousArray<Session> = []
+    private var requests: Slab<Request>
+    var parts: Slab<IO>
+    /// Requests that wait for parts, oldest first; only the first has been begun.
+    var firstWaiting: UnsafeMutablePointer<Request>?
+    var lastWaiting: UnsafeMutablePointer<Request>?
+    var counters = VolumeCounters()
+    private let readLatency = LatencyHistogram()
+    private let writeLatency = LatencyHistogram()
+    private let flushLatency = LatencyHistogram()
+    private var state = GateState.normal
+    private var since = Int64(time(nil))
+    private var stopping = false
+    private var stopped: [@Sendable () -> Void] = []
+    private var quiet: LoopTimer?
+    private var activity: UInt64 = 0
+    private var activityAtTimer: UInt64 = 0
+
+    private init(
+        name: String, opened: any OpenVolume, loop: EventLoop, maximumSessions: Int, logger: Logger,
+        sessionsChanged: @escaping @Sendable (Int) -> Void
+    ) {
+        self.name = name
+        self.opened = opened
+        self.loop = loop
+        self.maximumSessions = maximumSessions
+        self.logger = logger
+        self.sessionsChanged = sessionsChanged
+        let record = opened.record
+        var export = Export(
+            name: name, description: "qbd \(opened.protocolName) volume", size: record.size,
+            readOnly: opened.readOnly, minimumBlock: record.blockSize)
+        export.preferredBlock = max(4096, record.blockSize)
+        self.export = export
+        buffers = BufferPool(maximumRegions: maximumSessions + 4)
+        vectors = .allocate(capacity: Session.vectorCapacity)
+        requests = Slab(capacity: maximumSessions * Session.maximumInFlight)
+        parts = Slab(capacity: maximumSessions * Session.maximumInFlight)
+    }
+
+    deinit { vectors.deallocate() }
+
+    // MARK: From the manager
+
+    /// Starts a loop for an open volume. On an error the open volume is still the caller's.
+    /// - Parameters:
+    ///   - maximumSessions: NBD connections at a time, 1...64.
+    ///   - sessionsChanged: called on the volume's loop with the number of sessions.
+    static func start(
+        name: String, opened: any OpenVolume, maximumSessions: Int, logger: Logger,
+        sessionsChanged: @escaping @Sendable (Int) -> Void
+    ) async throws(BackendError) -> Volume {
+        let loop: EventLoop
+        do { loop = try EventLoop(name: "qbd:\(name)") } catch { throw BackendError(error) }
+        let volume = Volume(
+            name: name, opened: opened, loop: loop, maximumSessions: maximumSessions, logger: logger,
+            sessionsChanged: sessionsChanged)
+        let failure = await loop.call { volume.begin() }
+        if let failure = failure ?? nil {
+            loop.stop()
+            throw failure
+        }
+        return volume
+    }
+
+    private func begin() -> BackendError? {
+        do {
+            // The backend's end of turn comes first: what it completes there is answered in the same turn.
+            backend = try opened.start(on: loop, buffers: buffers, client: self)
+        } catch { return error }
+        quiet = LoopTimer(loop: loop) { [unowned self] in quietPassed() }
+        loop.observe(self)
+        return nil
+    }
+
+    /// Serves a connection whose handshake is done. From any thread.
+    func attach(descriptor: Int32, peer: String, negotiated: Negotiated, leftover: [UInt8]) {
+        let accepted = loop.post { [self] in
+            begin(descriptor: descriptor, peer: peer, negotiated: negotiated, leftover: leftover)
+        }
+        if !accepted { Glibc.close(descriptor) }
+    }
+
+    /// Finishes what is in flight, closes the sessions and the backend, and ends the loop. Clients that do not take
+    /// their last replies within `grace` seconds are cut off.
+    func stop(grace: UInt64) async {
+        await withCheckedContinuation { continuation in
+            let accepted = loop.post { [self] in
+                stopped.append { continuation.resume() }
+                beginStop(grace: grace)
+            }
+            if !accepted { continuation.resume() }
+        }
+        loop.stop()
+    }
+
+    /// Nil when the volume has stopped.
+    func status() async -> VolumeLoopStatus? {
+        await loop.call { [self] in loopStatus() }
+    }
+
+    // MARK: Sessions
+
+    private func begin(descriptor: Int32, peer: String, negotiated: Negotiated, leftover: [UInt8]) {
+        guard !stopping, sessions.count < maximumSessions else {
+            Glibc.close(descriptor)
+            logger.warning(
+                "client refused: \(stopping ? "the volume is being unmapped" : "\(maximumSessions) are connected")",
+                metadata: ["peer": "\(peer)"])
+            return
+        }
+        let session = Session(
+            descriptor: descriptor, peer: peer, negotiated: negotiated, loop: loop, buffers: buffers,
+            vectors: vectors, target: self)
+        do {
+            sessions.append(session)
+            try session.start(leftover: leftover)
+            logger.info("client connected", metadata: ["peer": "\(peer)", "connections": "\(sessions.count)"])
+            sessionsChanged(sessions.count)
+        } catch {
+            sessions.removeAll { $0 === session }
+            logger.warning("client refused: \(error)", metadata: ["peer": "\(peer)"])
+        }
+        loop.runAgain()
+    }
+
+    package func sessionEnded(_ session: Session, reason: String?) {
+        // The session is still on the stack; it goes when the turn is over.
+        endedSessions.append(session)
+        let left = sessions.count - endedSessions.count
+        logger.info(
+            "client disconnected\(reason.map { ": \($0)" } ?? "")",
+            metadata: ["peer": "\(session.peer)", "connections": "\(left)"])
+    }
+
+    package func endOfTurn() {
+        loop.updateNow()
+        var index = 0
+        while index < sessions.count {
+            sessions[index].endOfTurn()
+            index &+= 1
+        }
+        if !endedSessions.isEmpty { forgetEnded() }
+        if activity != activityAtTimer, quiet?.isArmed == false {
+            activityAtTimer = activity
+            quiet?.arm(after: 1_000_000_000)
+        }
+        if stopping, sessions.isEmpty { finishStop() }
+    }
+
+    private func forgetEnded() {
+        let ended = endedSessions
+        endedSessions = []
+        sessions.removeAll { session in ended.contains { $0 === session } }
+        activity &+= 1
+        sessionsChanged(sessions.count)
+    }
+
+    /// A second without a request: memory that only I/O needs goes back to the system.
+    private func quietPassed() {
+        guard activity == activityAtTimer else { return }
+        for session in sessions { session.releaseIdleMemory() }
+        buffers.trim()
+    }
+
+    // MARK: The end
+
+    private func beginStop(grace: UInt64) {
+        stopping = true
+        for session in sessions { session.drain() }
+        let timer = LoopTimer(loop: loop) { [unowned self] in
+            for session in sessions { session.abort("did not take its replies within \(grace) s") }
+        }
+        timer.arm(after: grace * 1_000_000_000)
+        graceTimer = timer
+        loop.runAgain()
+    }
+
+    private var graceTimer: LoopTimer?
+
+    private func finishStop() {
+        guard let backend else { return }
+        graceTimer?.cancel()
+        graceTimer = nil
+        quiet?.cancel()
+        quiet = nil
+        backend.close()
+        self.backend = nil
+        loop.unobserve(self)
+        for closure in stopped { closure() }
+        stopped = []
+    }
+
+    // MARK: Requests
+
+    @inline(__always)
+    package func takeRequest() -> UnsafeMutablePointer<Request>? { requests.take() }
+
+    package func submit(_ request: UnsafeMutablePointer<Request>) {
+        admit(request)
+    }
+
+    /// The gate, then the throttle: what may not run now is held back here.
+    @inline(__always)
+    private func admit(_ request: UnsafeMutablePointer<Request>) {
+        switch state {
+        case .normal: issue(request)
+        }
+    }
+
+    package func release(_ request: UnsafeMutablePointer<Request>) {
+        count(request)
+        freeParts(of: request)
+        requests.give(request)
+    }
+
+    @inline(__always)
+    private func count(_ request: UnsafeMutablePointer<Request>) {
+        activity &+= 1
+        let latency = loop.now &- request.pointee.arrival
+        let length = UInt64(request.pointee.length)
+        switch request.pointee.command {
+        case .read:
+            counters.reads &+= 1
+            counters.bytesRead &+= length
+            readLatency.record(latency)
+        case .write:
+            counters.writes &+= 1
+            counters.bytesWritten &+= length
+            writeLatency.record(latency)
+        case .flush:
+            counters.flushes &+= 1
+            flushLatency.record(latency)
+        case .trim: counters.trims &+= 1
+        case .writeZeroes: counters.writeZeroes &+= 1
+        case .cache, .blockStatus, .disconnect: counters.others &+= 1
+        }
+        if request.pointee.status != 0 { counters.errors &+= 1 }
+    }
+
+    // MARK: Status
+
+    private func loopStatus() -> VolumeLoopStatus {
+        VolumeLoopStatus(
+            state: state, since: since, connections: sessions.count, counters: counters, inFlight: requests.inUse,
+            readLatency: readLatency.summary(), writeLatency: writeLatency.summary(),
+            flushLatency: flushLatency.summary(), clients: sessions.map(\.peer))
+    }
+}
+
+/// What only the loop knows of a volume.
+struct VolumeLoopStatus: Sendable {
+    let state: GateState
+    let since: Int64
+    let connections: Int
+    let counters: VolumeCounters
+    let inFlight: Int
+    let readLatency: LatencySummary
+    let writeLatency: LatencySummary
+    let flushLatency: LatencySummary
+    let clients: [String]
+}

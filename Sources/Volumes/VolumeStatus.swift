@@ -1,0 +1,57 @@
+import Backend
+
+/// What became of I/O: see commands.md's resume. Only `normal` is reached until suspend and resume exist.
+package enum GateState: String, Sendable {
+    case normal
+}
+
+/// Counts since the volume was mapped.
+package struct VolumeCounters: Sendable, Equatable {
+    package var reads: UInt64 = 0
+    package var writes: UInt64 = 0
+    package var flushes: UInt64 = 0
+    package var trims: UInt64 = 0
+    package var writeZeroes: UInt64 = 0
+    /// Cache and block-status requests.
+    package var others: UInt64 = 0
+    package var bytesRead: UInt64 = 0
+    package var bytesWritten: UInt64 = 0
+    /// Requests answered with an error.
+    package var errors: UInt64 = 0
+}
+
+/// A mapping, as the list shows it.
+package struct MappedVolume: Sendable {
+    /// The smallest number that was free when the volume was mapped.
+    package let deviceID: UInt32
+    package let pool: String
+    package let record: VolumeRecord
+    /// The kernel device without `/dev/`; nil while it is only exported.
+    package let device: String?
+    /// Absolute path of the configuration it was mapped with.
+    package let configPath: String
+    package let readOnly: Bool
+    /// "local", "memory".
+    package let protocolName: String
+    package let uri: String
+    package let state: GateState
+    /// Seconds since 1970 when the state was entered.
+    package let since: Int64
+    /// NBD clients connected.
+    package let connections: Int
+
+    package var name: String { "\(pool)/\(record.volume)" }
+}
+
+/// A mapping, as `info` shows it.
+package struct VolumeStatus: Sendable {
+    package let mapping: MappedVolume
+    package let counters: VolumeCounters
+    /// Requests taken and not yet answered.
+    package let inFlight: Int
+    package let readLatency: LatencySummary
+    package let writeLatency: LatencySummary
+    package let flushLatency: LatencySummary
+    /// "unix" or the address of each client.
+    package let clients: [String]
+}
