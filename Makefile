@@ -25,7 +25,7 @@ FORMATTED := Package.swift Sources Tests Fuzz
 NEED_BUILD := swift git liburing-dev gcc:cc libc6-dev libstdc++-12-dev
 NEED_CLIENTS := libnbd-bin:nbdcopy python3-libnbd nbdkit qemu-utils:qemu-io fio:fio python3
 NEED_TESTS := $(NEED_CLIENTS) python3-pytest
-NEED_BENCH := libnbd-bin:nbdcopy nbdkit qemu-utils:qemu-nbd fio:fio python3
+NEED_BENCH := libnbd-bin:nbdcopy python3-libnbd nbdkit qemu-utils:qemu-nbd fio:fio python3
 
 .PHONY: help
 help: ## This list
