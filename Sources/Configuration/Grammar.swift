@@ -41,7 +41,8 @@ enum Grammar {
         let value = trimmed(side.prefix { $0 != "#" })
         guard !value.contains("\"") else {
             throw ConfigurationError(
-                "the value of \(excerpt(key)) has a quote inside; put all of it in quotes and write \\\" for the inner one")
+                "the value of \(excerpt(key)) has a quote inside; put all of it in quotes and write \\\" for the inner one"
+            )
         }
         return String(value)
     }

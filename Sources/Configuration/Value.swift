@@ -76,7 +76,8 @@ enum Value {
     static func directory(_ text: String, of key: String) throws(ConfigurationError) -> String {
         try requireValue(text, of: key)
         guard text.utf8.first == UInt8(ascii: "/") else {
-            throw ConfigurationError("'\(key)' is \(excerpt(text)); it must be an absolute path, one that starts with /")
+            throw ConfigurationError(
+                "'\(key)' is \(excerpt(text)); it must be an absolute path, one that starts with /")
         }
         let components = text.unicodeScalars.split(separator: "/").filter { !$0.elementsEqual(".".unicodeScalars) }
         guard !components.isEmpty else {
