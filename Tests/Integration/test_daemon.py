@@ -1,0 +1,311 @@
+"""The daemon as a process: its sockets, its start and its end, and whoever misuses its control socket."""
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+
+import nbd
+import pytest
+
+from bystander import Bystander
+from harness import MiB, QBDD, SLOWNESS, environment, run, wait_for
+from wire import CMD_WRITE, Session
+
+
+def start_fails(daemon, *words, options=None):
+    """Starts a daemon that must refuse to start, and returns its one line of reason."""
+    before = daemon.log()
+    with open(daemon.log_path, "ab") as log:
+        process = subprocess.Popen(
+            [QBDD] + (daemon.options if options is None else options),
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment(),
+        )  # fmt: skip
+        try:
+            status = process.wait(10 * SLOWNESS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise AssertionError("qbdd should have refused to start") from None
+    said = daemon.log()[len(before) :]
+    assert 0 < status < 126, f"qbdd ended with {status}:\n{said}"
+    for word in words:
+        assert str(word) in said, f"qbdd does not say {word!r}:\n{said}"
+    return status
+
+
+def test_rights_of_the_sockets(daemon):
+    control, nbd_socket = daemon.socket.stat(), daemon.nbd_socket.stat()
+    assert stat.S_ISSOCK(control.st_mode) and stat.S_IMODE(control.st_mode) == 0o660
+    assert stat.S_ISSOCK(nbd_socket.st_mode) and stat.S_IMODE(nbd_socket.st_mode) == 0o600
+    assert control.st_uid == os.geteuid()
+
+
+def test_sockets_are_gone_after_the_end(daemon):
+    daemon.stop()
+    assert not daemon.socket.exists() and not daemon.nbd_socket.exists()
+
+
+def test_paths_from_the_environment(new_daemon):
+    daemon = new_daemon()
+    daemon.start(options=[], variables=daemon.variables)
+    daemon.volume("disk/foo", MiB)
+    run(["nbdinfo", daemon.uri("disk/foo")]).succeeded()
+
+
+def test_tells_systemd_when_it_is_ready(new_daemon):
+    daemon = new_daemon()
+    path = str(daemon.directory / "notify.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(path)
+        notify.settimeout(10 * SLOWNESS)
+        daemon.start(variables={"NOTIFY_SOCKET": path})
+        assert b"READY=1" in notify.recv(4096).split(b"\n")
+        daemon.create("disk/foo", MiB)
+        daemon.stop()
+
+
+def test_second_daemon_is_refused(daemon):
+    """On the same sockets; the first one goes on."""
+    daemon.volume("disk/foo", MiB)
+    start_fails(daemon, daemon.socket)
+    other = [word if word != str(daemon.socket) else str(daemon.directory / "other.sock") for word in daemon.options]
+    start_fails(daemon, daemon.nbd_socket, options=other)
+    assert daemon.alive and daemon.json("list")
+    run(["nbdinfo", daemon.uri("disk/foo")]).succeeded()
+
+
+def test_sockets_of_a_killed_daemon_are_replaced(daemon):
+    daemon.volume("disk/foo", MiB)
+    daemon.kill()
+    assert daemon.socket.exists() and daemon.nbd_socket.exists()
+    daemon.start()
+    daemon.map("disk/foo")
+    run(["nbdinfo", daemon.uri("disk/foo")]).succeeded()
+
+
+def test_files_in_the_way_are_not_removed(new_daemon):
+    daemon = new_daemon()
+    for path in (daemon.socket, daemon.nbd_socket):
+        path.write_text("precious")
+        start_fails(daemon, path)
+        assert path.read_text() == "precious"
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("[pool.disk]\ntype=floppy\n", 2),
+        ("[pool.disk]\ntype=local\n", 1),
+        ("[pool.../etc]\ntype=memory\n", 1),
+        ("[nbd]\nlisten=nowhere\n", 2),
+        ("[nbd]\nlisten=127.0.0.1:99999\n", 2),
+        ("[pool.disk\ntype=memory\n", 1),
+        ("key without a section = 1\nnonsense\n", 2),
+    ],
+)
+def test_bad_configuration_names_file_and_line(new_daemon, text, line):
+    daemon = new_daemon()
+    daemon.config.write_text(text)
+    start_fails(daemon, f"{daemon.config}:{line}")
+
+
+def test_unknown_key_is_a_warning_with_file_and_line(new_daemon):
+    daemon = new_daemon(configuration="\n[client]\nfrobnication=1\n")
+    daemon.start()
+    lines = daemon.config.read_text().splitlines()
+    number = lines.index("frobnication=1") + 1
+    assert f"{daemon.config}:{number}" in daemon.log() and "frobnication" in daemon.log()
+    daemon.volume("disk/foo", MiB)
+
+
+def test_missing_configuration(new_daemon):
+    daemon = new_daemon()
+    daemon.config.unlink()
+    start_fails(daemon, daemon.config)
+
+
+def test_tcp_port_taken(new_daemon):
+    daemon = new_daemon(tcp=True)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", daemon.port))
+        other.listen()
+        start_fails(daemon, str(daemon.port))
+
+
+def test_unknown_option(new_daemon):
+    assert start_fails(new_daemon(), "--frob", options=["--frob"]) == 64
+
+
+def test_help_and_version():
+    assert "--nbd-socket" in run([QBDD, "--help"]).succeeded().out
+    assert run([QBDD, "--version"]).succeeded().out.strip()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ends_with_clients_connected(daemon, number):
+    """Idle clients, clients in their handshake, and one in the middle of a request do not keep it."""
+    uri = daemon.volume("disk/foo")
+    idle = nbd.NBD()
+    idle.connect_uri(uri)
+    sessions = [Session(daemon.nbd_socket) for _ in range(3)]
+    sessions[1].greet()
+    sessions[2].greet().go("disk/foo")
+    sessions[2].request(CMD_WRITE, 0, MiB, payload=b"half")
+    control = socket.socket(socket.AF_UNIX)
+    control.connect(str(daemon.socket))
+    control.sendall(b"POST /v1/QBD")
+    daemon.process.send_signal(number)
+    daemon.wait_exit(10)
+    for session in sessions:
+        session.close()
+    control.close()
+
+
+def test_signals_that_do_not_end_it(daemon):
+    """A broken pipe never does; SIGHUP is what a logger or a terminal sends."""
+    uri = daemon.volume("disk/foo")
+    daemon.process.send_signal(signal.SIGPIPE)
+    daemon.process.send_signal(signal.SIGURG)
+    daemon.process.send_signal(signal.SIGCHLD)
+    run(["nbdinfo", uri]).succeeded()
+
+
+def test_volumes_survive_a_restart(daemon):
+    uri = daemon.volume("disk/foo", "16M", block_size=4096)
+    daemon.create("ram/gone", MiB)
+    run(["qemu-io", "-f", "raw", "-c", "write -P 7 0 16M", uri]).succeeded()
+    daemon.stop()
+    daemon.start()
+    assert [one["volume"] for one in daemon.json("volumes")] == ["disk/foo"]
+    daemon.map("disk/foo")
+    run(["qemu-io", "-f", "raw", "-c", "read -P 7 0 16M", uri]).succeeded()
+    assert daemon.json("info", "disk/foo")["block_size"] == 4096
+
+
+def test_unmap_with_a_client_connected(daemon, pool):
+    """Either refused as in use, and the client goes on, or done, and the client is disconnected: never half of it."""
+    uri = daemon.volume(f"{pool}/foo")
+    handle = nbd.NBD()
+    handle.connect_uri(uri)
+    handle.pwrite(b"x" * 4096, 0)
+    result = daemon.qbd("unmap", f"{pool}/foo")
+    if result.status == 0:
+        with pytest.raises(nbd.Error):
+            for _ in range(1000):
+                handle.pread(4096, 0)
+        assert daemon.json("list") == []
+    else:
+        result.failed(16, f"{pool}/foo")
+        assert handle.pread(4096, 0) == b"x" * 4096
+        handle.shutdown()
+        wait_for(lambda: daemon.qbd("unmap", f"{pool}/foo").status == 0, "unmap succeeds when the client is gone")
+
+
+def test_unmap_in_the_middle_of_a_load(daemon, pool):
+    """Over and over: nothing hangs, nothing crashes, other volumes go on."""
+    other = Bystander(daemon.volume(f"{pool}/other"), (0, 16 * MiB))
+    uri = daemon.volume(f"{pool}/foo")
+    for _ in range(20):
+        handle = nbd.NBD()
+        handle.connect_uri(uri)
+        for index in range(64):
+            handle.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(65536)), index * 65536)
+        try:
+            handle.poll(0)
+        except nbd.Error:
+            pass
+        done = daemon.qbd("unmap", f"{pool}/foo")
+        del handle
+        if done.status:
+            wait_for(lambda: daemon.qbd("unmap", f"{pool}/foo").status == 0, "unmap succeeds when the client is gone")
+        daemon.map(f"{pool}/foo")
+    other.assert_unharmed()
+    other.stop()
+
+
+# The control socket
+
+
+def http(daemon, data, half_close=False):
+    """Everything the control socket answers to some bytes."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(20 * SLOWNESS)
+        client.connect(str(daemon.socket))
+        try:
+            client.sendall(data)
+            if half_close:
+                client.shutdown(socket.SHUT_WR)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        answer = b""
+        while True:
+            try:
+                part = client.recv(65536)
+            except ConnectionResetError:
+                part = b""
+            if not part:
+                return answer
+            answer += part
+
+
+def post(path, body):
+    return f"POST {path} HTTP/1.1\r\nHost: qbd\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\0" * 100,
+        b"hello\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: qbd\r\n\r\n",
+        b"GET /v1/QBD_IOC_LIST_VOLUME HTTP/1.1\r\nHost: qbd\r\n\r\n",
+        post("/v1/QBD_IOC_NOTHING", b"{}"),
+        post("/v1/QBD_IOC_MAP_VOLUME", b""),
+        post("/v1/QBD_IOC_MAP_VOLUME", b"{"),
+        post("/v1/QBD_IOC_MAP_VOLUME", b"[]"),
+        post("/v1/QBD_IOC_MAP_VOLUME", b'{"volume": 1}'),
+        post("/v1/QBD_IOC_CREATE_VOLUME", b'{"volume":"disk/x","config":"/x","size":-1,"block_size":512}'),
+        post("/v1/QBD_IOC_CREATE_VOLUME", b'{"volume":"disk/x","config":"/x","size":1e30,"block_size":512}'),
+        post("/v1/QBD_IOC_MAP_VOLUME", b"[" * 100000),
+        post("/v1/QBD_IOC_MAP_VOLUME", b'{"volume":"\xff\xfe"}'),
+        b"POST /v1/QBD_IOC_LIST_VOLUME HTTP/1.1\r\nContent-Length: 99999999999999999999\r\n\r\n",
+        b"POST /v1/QBD_IOC_LIST_VOLUME HTTP/1.1\r\nContent-Length: 4000000000\r\n\r\n{}",
+        b"POST /v1/QBD_IOC_LIST_VOLUME HTTP/1.1\r\nX: " + b"x" * 200000 + b"\r\n\r\n",
+        b"POST /" + b"x" * 200000 + b" HTTP/1.1\r\n\r\n",
+    ],
+    ids=lambda data: repr(data[:60]),
+)
+def test_nonsense_on_the_control_socket(daemon, data):
+    answer = http(daemon, data, half_close=True)
+    assert answer == b"" or b" 200 " not in answer.split(b"\r\n")[0], f"{answer[:200]}"
+    assert daemon.json("list") == []
+
+
+def test_half_requests_on_the_control_socket(daemon):
+    """A hundred of them, silent: the next command is answered at once."""
+    clients = []
+    for index in range(100):
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(str(daemon.socket))
+        client.sendall(b"POST /v1/QBD_IOC_LIST_VOLUME HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}"[: index % 64])
+        clients.append(client)
+    result = daemon.qbd("list").succeeded()
+    assert result.seconds < 2 * SLOWNESS
+    for client in clients:
+        client.close()
+
+
+def test_two_users_of_one_volume_are_refused(daemon, new_daemon):
+    """Another daemon on the same directory: a volume that one has mapped for writing, the other does not get."""
+    daemon.volume("disk/foo")
+    other = new_daemon()
+    other.config.write_text(f"[pool.disk]\ntype=local\npath={daemon.pool_path}\n")
+    other.start()
+    other.qbd("map", "--export", "disk/foo").failed(16, "disk/foo")
+    other.qbd("delete", "disk/foo").failed(16, "disk/foo")
+    daemon.qbd("unmap", "disk/foo").succeeded()
+    other.map("disk/foo")
+    other.qbd("unmap", "disk/foo").succeeded()
