@@ -42,7 +42,7 @@ struct ShippedFileTests {
         #expect(all.zookeeper.ip.count == 3)
         #expect(all.zookeeper.clusterName == "cluster1")
         #expect(all.conductor.endpoints.count == 2)
-        #expect(try all.pool(named: "local").kind == .local(path: "/var/lib/qbd/pools/local"))
+        #expect(try all.pool(named: "local").kind == .local(path: "/var/lib/qbd/pool"))
         #expect(try all.pool(named: "memory").kind == .memory)
     }
 
