@@ -76,6 +76,10 @@ package protocol Backend: AnyObject {
     /// Starts the I/O; completes exactly once, through the client. The volume has checked bounds and alignment.
     func submit(_ io: UnsafeMutablePointer<IO>)
 
+    /// Where the payload of a write may be received straight away; nil where it has to be handed to `submit` from
+    /// elsewhere. What arrives there counts as a write in flight from then on, whether it is submitted or not.
+    func placement(offset: UInt64, length: UInt32) -> UnsafeMutableRawPointer?
+
     /// Leaves the loop. Nothing is in flight. The volume's descriptors and locks stay with its `OpenVolume`.
     func close()
 }

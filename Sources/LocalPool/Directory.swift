@@ -53,7 +53,7 @@ struct Directory: ~Copyable {
     /// Holds the pool for one change, against other threads and other daemons; released with the descriptor.
     /// - Returns: a descriptor to close.
     func lock() throws(BackendError) -> Int32 {
-        let lock = try open(".lock", O_RDWR | O_CREAT)
+        let lock = try open("~lock", O_RDWR | O_CREAT)
         do { try Self.call("lock \(path)") { flock(lock, LOCK_EX) } } catch {
             Glibc.close(lock)
             throw error

@@ -5,7 +5,7 @@ import Glibc
 
 /// Volumes as sparse files in a directory: `NAME.raw` holds the data, `NAME.volume` describes it. A volume exists
 /// exactly when its description does: creating ends, and deleting begins, with that one rename. What a crash leaves
-/// over has a name that begins with a dot, and the next change in the pool removes it.
+/// over has a name that begins with a tilde, which no volume's name holds, and the next change in the pool removes it.
 package final class LocalPool: VolumePool {
     package let name: String
     private let path: String
@@ -18,6 +18,7 @@ package final class LocalPool: VolumePool {
 
     private static let describedBy = ".volume"
     private static let dataIn = ".raw"
+    private static let ours = "~"
     private static let fresh = ".new"
     private static let deleted = ".deleted"
 
@@ -40,8 +41,8 @@ package final class LocalPool: VolumePool {
         }
         let record = VolumeRecord(
             id: try unusedID(directory), volume: volume, size: size, blockSize: blockSize, created: Int64(time(nil)))
-        let freshData = "." + Self.data(volume) + Self.fresh
-        let freshDescription = "." + Self.description(volume) + Self.fresh
+        let freshData = Self.ours + Self.data(volume) + Self.fresh
+        let freshDescription = Self.ours + Self.description(volume) + Self.fresh
         do {
             try makeSparse(directory, freshData, size: size)
             try directory.write(VolumeDescription.encode(record), to: freshDescription)
@@ -83,7 +84,7 @@ package final class LocalPool: VolumePool {
         // Held until the end: nobody can open what is going away.
         let data = try openData(directory, volume, readOnly: false)
         defer { Glibc.close(data) }
-        try directory.rename(Self.description(volume), to: "." + Self.description(volume) + Self.deleted)
+        try directory.rename(Self.description(volume), to: Self.ours + Self.description(volume) + Self.deleted)
         try directory.synchronize()
         try recover(directory)
     }
@@ -91,24 +92,24 @@ package final class LocalPool: VolumePool {
     /// Finishes what a crash interrupted. Called under the pool's lock.
     private func recover(_ directory: borrowing Directory) throws(BackendError) {
         var changed = false
-        for file in try directory.names() where file.hasPrefix(".") {
+        for file in try directory.names() where file.hasPrefix(Self.ours) {
             let file = file.dropFirst()
             if let data = file.removing(suffix: Self.dataIn + Self.fresh) {
                 let volume = String(data)
                 if directory.exists(Self.description(volume)), !directory.exists(Self.data(volume)) {
-                    try directory.rename("." + file, to: Self.data(volume))
+                    try directory.rename(Self.ours + file, to: Self.data(volume))
                 } else {
-                    try directory.remove("." + file)
+                    try directory.remove(Self.ours + file)
                 }
                 changed = true
             } else if file.hasSuffix(Self.describedBy + Self.fresh) {
-                try directory.remove("." + file)
+                try directory.remove(Self.ours + file)
                 changed = true
             } else if let gone = file.removing(suffix: Self.describedBy + Self.deleted) {
                 let volume = String(gone)
                 if !directory.exists(Self.description(volume)) { try directory.remove(Self.data(volume)) }
                 try directory.synchronize()
-                try directory.remove("." + file)
+                try directory.remove(Self.ours + file)
                 changed = true
             }
         }
@@ -123,7 +124,7 @@ package final class LocalPool: VolumePool {
 
     private func records(_ directory: borrowing Directory) throws(BackendError) -> [VolumeRecord] {
         var records: [VolumeRecord] = []
-        for file in try directory.names() where !file.hasPrefix(".") {
+        for file in try directory.names() where !file.hasPrefix(Self.ours) {
             guard let volume = file.removing(suffix: Self.describedBy) else { continue }
             do {
                 records.append(try describe(directory, String(volume)))

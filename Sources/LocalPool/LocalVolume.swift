@@ -109,6 +109,8 @@ final class LocalVolume: Backend, FileCompletion {
         if !accepted { finish(io, EAGAIN) }
     }
 
+    func placement(offset: UInt64, length: UInt32) -> UnsafeMutableRawPointer? { nil }
+
     @inline(__always)
     private func take(_ io: UnsafeMutablePointer<IO>) -> UnsafeMutableRawPointer? {
         guard let buffer = buffers.allocate(Int(io.pointee.length)) else { return nil }

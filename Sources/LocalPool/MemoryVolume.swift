@@ -21,6 +21,12 @@ final class MemoryVolume: Backend {
 
     func close() {}
 
+    /// A write that is cut off by the end of its connection may be there in part, as on any disk.
+    func placement(offset: UInt64, length: UInt32) -> UnsafeMutableRawPointer? {
+        mark(Int(truncatingIfNeeded: offset), Int(length))
+        return store.base + Int(truncatingIfNeeded: offset)
+    }
+
     func submit(_ io: UnsafeMutablePointer<IO>) {
         let offset = Int(truncatingIfNeeded: io.pointee.offset)
         let length = Int(io.pointee.length)
@@ -30,9 +36,14 @@ final class MemoryVolume: Backend {
             io.pointee.segment.base = store.base + offset
             io.pointee.segment.count = length
         case .write:
-            (store.base + offset).copyMemory(from: io.pointee.segment.base, byteCount: length)
+            let place = store.base + offset
+            if io.pointee.segment.base != place { place.copyMemory(from: io.pointee.segment.base, byteCount: length) }
             mark(offset, length)
-        case .trim, .writeZeroes: zero(offset, length)
+        case .trim: zero(offset, length)
+        case .writeZeroes where io.pointee.mayPunch: zero(offset, length)
+        case .writeZeroes:
+            memset(store.base + offset, 0, length)
+            mark(offset, length)
         case .extents: extents(io, offset, length)
         case .flush, .cache: break
         }

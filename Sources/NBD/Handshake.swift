@@ -19,6 +19,12 @@ package struct Negotiated: Sendable, Equatable {
     package var structured: Bool
     /// BLOCK_STATUS with `base:allocation`.
     package var baseAllocation: Bool
+
+    package init(export: Export, structured: Bool, baseAllocation: Bool) {
+        self.export = export
+        self.structured = structured
+        self.baseAllocation = baseAllocation
+    }
 }
 
 /// The server's side of the fixed newstyle handshake: bytes in, bytes out, no socket.

@@ -32,3 +32,13 @@ struct Input {
         return input
     }
 }
+
+/// A write whose payload goes straight to where the backend keeps it.
+struct Placement {
+    let header: RequestHeader
+    let base: UnsafeMutableRawPointer
+    /// Bytes of the payload that are there.
+    var received: Int
+
+    var left: Int { Int(header.length) &- received }
+}

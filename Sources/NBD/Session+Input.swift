@@ -8,18 +8,41 @@ extension Session {
     /// One recv per turn: a flood on one connection leaves the others their turn.
     func receive() {
         guard let input = roomToReceive() else { return fail("out of memory") }
-        var limit = input.pointee.room
-        if missing > Self.largePayload { limit = min(limit, missing + RequestHeader.size) }
-        let count = recv(descriptor, input.pointee.base + input.pointee.end, limit, Int32(MSG_DONTWAIT))
+        var count: Int
+        if let left = placement?.left, left > 0 {
+            count = receiveInPlace(left, input)
+        } else {
+            var limit = input.pointee.room
+            if missing > Self.largePayload { limit = min(limit, missing + RequestHeader.size) }
+            count = recv(descriptor, input.pointee.base + input.pointee.end, limit, Int32(MSG_DONTWAIT))
+            if count > 0 { input.pointee.end &+= count }
+        }
         if count > 0 {
-            input.pointee.end &+= count
             parse()
         } else if count == 0 {
-            endReason = input.pointee.available > 0 || dropping > 0 ? "the client closed within a request" : nil
+            let within = input.pointee.available > 0 || dropping > 0 || placement != nil
+            endReason = within ? "the client closed within a request" : nil
             drain()
         } else if errno != EAGAIN && errno != EINTR {
             fail("receive: \(errnoText(errno))")
         }
+    }
+
+    /// The rest of a payload at its place, and the next header behind it in the input.
+    private func receiveInPlace(_ left: Int, _ input: UnsafeMutablePointer<Input>) -> Int {
+        guard let placement else { return 0 }
+        vectors[0] = iovec(iov_base: placement.base + placement.received, iov_len: left)
+        vectors[1] = iovec(
+            iov_base: input.pointee.base + input.pointee.end, iov_len: min(input.pointee.room, RequestHeader.size))
+        var message = msghdr()
+        message.msg_iov = vectors
+        message.msg_iovlen = 2
+        let count = recvmsg(descriptor, &message, Int32(MSG_DONTWAIT))
+        if count > 0 {
+            self.placement?.received += min(count, left)
+            input.pointee.end &+= max(count - left, 0)
+        }
+        return count
     }
 
     private func roomToReceive() -> UnsafeMutablePointer<Input>? {
@@ -87,6 +110,11 @@ extension Session {
                 guard dropPayload(input) else { return }
                 continue
             }
+            if let placed = placement {
+                guard placed.left == 0 else { return }
+                guard acceptPlaced(placed) else { return pause() }
+                continue
+            }
             let available = input.pointee.available
             guard available >= RequestHeader.size else {
                 if available > 0, !makeRoom(RequestHeader.size) { fail("out of memory") }
@@ -104,6 +132,7 @@ extension Session {
                     let whole = RequestHeader.size &+ Int(header.length)
                     guard available >= whole else {
                         missing = whole &- available
+                        if missing > Self.largePayload, place(header, input) { return }
                         if !makeRoom(whole) { fail("out of memory") }
                         return
                     }
@@ -133,6 +162,28 @@ extension Session {
             input.pointee.references &+= 1
         }
         input.pointee.start &+= count
+        target.submit(request)
+        return true
+    }
+
+    /// Moves what has arrived of a write to its place, where the rest will follow.
+    private func place(_ header: RequestHeader, _ input: UnsafeMutablePointer<Input>) -> Bool {
+        guard let base = target.placement(offset: header.offset, length: header.length) else { return false }
+        let received = input.pointee.available &- RequestHeader.size
+        base.copyMemory(from: input.pointee.base + (input.pointee.start &+ RequestHeader.size), byteCount: received)
+        input.pointee.start = input.pointee.end
+        missing = 0
+        placement = Placement(header: header, base: base, received: received)
+        return true
+    }
+
+    private func acceptPlaced(_ placed: Placement) -> Bool {
+        guard heldBytes == 0 || heldBytes &+ Int(placed.header.length) <= Self.maximumHeldBytes,
+            let request = take(placed.header, .write)
+        else { return false }
+        placement = nil
+        heldBytes &+= Int(placed.header.length)
+        request.pointee.payload = placed.base
         target.submit(request)
         return true
     }

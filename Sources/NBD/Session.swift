@@ -6,6 +6,8 @@ import Glibc
 package protocol SessionTarget: AnyObject {
     /// A slot for a request; nil when there is none, and the session stops reading until its own are answered.
     func takeRequest() -> UnsafeMutablePointer<Request>?
+    /// Where a large payload may be received straight away, inside the volume's checked bounds; nil for a buffer.
+    func placement(offset: UInt64, length: UInt32) -> UnsafeMutableRawPointer?
     /// Starts the request; it is answered once, by its `reply()`, maybe before this returns.
     func submit(_ request: UnsafeMutablePointer<Request>)
     /// The reply is out, or nobody is left to take it: the slot and what it holds are free.
@@ -21,7 +23,8 @@ package final class Session: EventSource {
     package static let maximumInFlight = 128
     /// Payload and read data a session may hold at a time, unless one request alone is larger.
     static let maximumHeldBytes = 16 << 20
-    /// From this payload on, the rest of a write is received alone, so that it is never moved.
+    /// From this payload on, the rest of a write is received alone, at its place or in one piece, so that it is never
+    /// moved.
     static let largePayload = 32 << 10
 
     /// For the log: "unix" or the peer's address.
@@ -38,6 +41,8 @@ package final class Session: EventSource {
     var input: UnsafeMutablePointer<Input>?
     /// Bytes that must arrive before the request at the front is whole; 0 when its header is not there yet.
     var missing = 0
+    /// A write whose payload is received at its place.
+    var placement: Placement?
     /// Payload of a refused write, still to be thrown away, and how to answer it then.
     var dropping = 0
     var dropped: (header: RequestHeader, refusal: Refusal)?

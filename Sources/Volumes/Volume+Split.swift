@@ -78,7 +78,7 @@ extension Volume {
 
     /// The largest piece that stays inside the backend's limits.
     @inline(__always)
-    static func partLength(_ operation: Operation, offset: UInt64, left: UInt32, _ geometry: Geometry) -> UInt32 {
+    package static func partLength(_ operation: Operation, offset: UInt64, left: UInt32, _ geometry: Geometry) -> UInt32 {
         var length = left
         if operation == .read || operation == .write { length = min(length, geometry.maximumTransfer) }
         if geometry.boundary > 0 {

@@ -220,6 +220,12 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     @inline(__always)
     package func takeRequest() -> UnsafeMutablePointer<Request>? { requests.take() }
 
+    package func placement(offset: UInt64, length: UInt32) -> UnsafeMutableRawPointer? {
+        switch state {
+        case .normal: backend?.placement(offset: offset, length: length)
+        }
+    }
+
     package func submit(_ request: UnsafeMutablePointer<Request>) {
         admit(request)
     }

@@ -1,0 +1,151 @@
+import Backend
+import Glibc
+import LocalPool
+import Testing
+
+/// A directory of its own for a test.
+final class TemporaryDirectory {
+    let path: String
+    init() throws {
+        var template = Array("/tmp/qbd-pool-XXXXXX".utf8CString)
+        path = try #require(mkdtemp(&template).map { String(cString: $0) })
+    }
+    deinit {
+        for name in names { unlink("\(path)/\(name)") }
+        rmdir(path)
+    }
+    var names: [String] {
+        guard let directory = opendir(path) else { return [] }
+        defer { closedir(directory) }
+        var names: [String] = []
+        while let entry = readdir(directory) {
+            let name = withUnsafePointer(to: &entry.pointee.d_name) {
+                $0.withMemoryRebound(to: CChar.self, capacity: 256) { String(cString: $0) }
+            }
+            if name != "." && name != ".." { names.append(name) }
+        }
+        return names.sorted()
+    }
+    func write(_ name: String, _ text: String) {
+        let file = fopen("\(path)/\(name)", "w")
+        fputs(text, file)
+        fclose(file)
+    }
+    func size(_ name: String) -> Int {
+        var status = stat()
+        return stat("\(path)/\(name)", &status) == 0 ? Int(status.st_size) : -1
+    }
+}
+
+private func code(_ body: () throws(BackendError) -> Void) -> Int32 {
+    do {
+        try body()
+        return 0
+    } catch { return error.code }
+}
+
+@Suite struct LocalPoolTests {
+    let directory: TemporaryDirectory
+    let pool: LocalPool
+
+    init() throws {
+        directory = try TemporaryDirectory()
+        pool = LocalPool(name: "p", path: directory.path)
+    }
+
+    @Test func aVolumeIsASparseFileAndItsDescription() throws {
+        let record = try pool.create(volume: "disk", size: 1 << 30, blockSize: 4096)
+        #expect(directory.names == ["~lock", "disk.raw", "disk.volume"])
+        #expect(directory.size("disk.raw") == 1 << 30)
+        #expect(record.id % (1 << 24) == 0 && record.id > 0)
+        #expect(try pool.list() == [record])
+    }
+
+    @Test func namesThatLookLikeFilesOfThePoolDoNotCollide() throws {
+        let names = ["x", "x.volume", "x.raw", ".hidden", "x.raw.new"]
+        for name in names { _ = try pool.create(volume: name, size: 512, blockSize: 512) }
+        #expect(try pool.list().map(\.volume) == names.sorted())
+        for name in names { try pool.open(volume: name, readOnly: false).close() }
+        for name in names { try pool.delete(volume: name) }
+        #expect(directory.names == ["~lock"])
+    }
+
+    @Test func creatingTwiceFailsAndLeavesTheFirst() throws {
+        let record = try pool.create(volume: "disk", size: 4096, blockSize: 512)
+        #expect(code { () throws(BackendError) in _ = try pool.create(volume: "disk", size: 8192, blockSize: 512) } == EEXIST)
+        #expect(try pool.list() == [record])
+        #expect(directory.size("disk.raw") == 4096)
+    }
+
+    @Test func aForeignDataFileIsNeverTaken() throws {
+        directory.write("disk.raw", "precious")
+        #expect(code { () throws(BackendError) in _ = try pool.create(volume: "disk", size: 4096, blockSize: 512) } == EEXIST)
+        #expect(try pool.list().isEmpty)
+        #expect(directory.size("disk.raw") == 8)
+    }
+
+    @Test func onlyOneMayWriteAndManyMayRead() throws {
+        _ = try pool.create(volume: "disk", size: 4096, blockSize: 512)
+        let writer = try pool.open(volume: "disk", readOnly: false)
+        #expect(code { () throws(BackendError) in _ = try pool.open(volume: "disk", readOnly: true) } == EBUSY)
+        #expect(code { () throws(BackendError) in try pool.delete(volume: "disk") } == EBUSY)
+        writer.close()
+        let first = try pool.open(volume: "disk", readOnly: true)
+        let second = try pool.open(volume: "disk", readOnly: true)
+        #expect(code { () throws(BackendError) in _ = try pool.open(volume: "disk", readOnly: false) } == EBUSY)
+        first.close()
+        second.close()
+        try pool.delete(volume: "disk")
+        #expect(code { () throws(BackendError) in try pool.delete(volume: "disk") } == ENOENT)
+    }
+
+    // What each step of creating and deleting leaves behind when the daemon dies right after it.
+
+    @Test func creatingThatDiedBeforeItsDescriptionNeverWas() throws {
+        directory.write("~disk.raw.new", "")
+        directory.write("~disk.volume.new", "half")
+        #expect(try pool.list().isEmpty)
+        _ = try pool.create(volume: "other", size: 512, blockSize: 512)
+        #expect(directory.names == ["~lock", "other.raw", "other.volume"])
+    }
+
+    @Test func creatingThatDiedAfterItsDescriptionIsFinished() throws {
+        let record = try pool.create(volume: "disk", size: 4096, blockSize: 512)
+        rename("\(directory.path)/disk.raw", "\(directory.path)/~disk.raw.new")
+        #expect(try pool.list() == [record])
+        try pool.open(volume: "disk", readOnly: false).close()
+        #expect(directory.names == ["~lock", "disk.raw", "disk.volume"])
+    }
+
+    @Test func deletingThatDiedIsFinished() throws {
+        _ = try pool.create(volume: "disk", size: 4096, blockSize: 512)
+        rename("\(directory.path)/disk.volume", "\(directory.path)/~disk.volume.deleted")
+        #expect(try pool.list().isEmpty)
+        _ = try pool.create(volume: "disk", size: 512, blockSize: 512)
+        #expect(directory.names == ["~lock", "disk.raw", "disk.volume"])
+        #expect(directory.size("disk.raw") == 512)
+    }
+
+    @Test(arguments: ["", "version = 1\n", "nonsense", "version = 2\nid = 1\nsize = 512\nblock_size = 512\ncreated = 0\n"])
+    func aDamagedDescriptionIsNamed(text: String) throws {
+        directory.write("disk.raw", "")
+        directory.write("disk.volume", text)
+        do {
+            _ = try pool.open(volume: "disk", readOnly: false)
+            Issue.record("opened")
+        } catch { #expect(error.message.contains("disk.volume")) }
+    }
+
+    @Test func aDataFileThatIsTooShortIsNotServed() throws {
+        _ = try pool.create(volume: "disk", size: 8192, blockSize: 512)
+        truncate("\(directory.path)/disk.raw", 4096)
+        #expect(code { () throws(BackendError) in _ = try pool.open(volume: "disk", readOnly: false) } == EIO)
+    }
+
+    @Test func aLinkIsNotFollowed() throws {
+        _ = try pool.create(volume: "disk", size: 512, blockSize: 512)
+        unlink("\(directory.path)/disk.raw")
+        symlink("/etc/passwd", "\(directory.path)/disk.raw")
+        #expect(code { () throws(BackendError) in _ = try pool.open(volume: "disk", readOnly: false) } == ELOOP)
+    }
+}
