@@ -74,9 +74,20 @@ let package = Package(
 
 // `make fuzz` and nothing else: programs that libFuzzer drives.
 if Context.environment["QBD_FUZZ"] != nil {
-    let programs = [("FuzzConfiguration", ["Configuration"])]
+    let programs: [(name: String, rooms: [Target.Dependency])] = [
+        ("FuzzConfiguration", ["Configuration", "FuzzSupport"]),
+        ("FuzzHandshake", ["NBD", "FuzzSupport"]),
+        (
+            "FuzzTransmission",
+            [
+                "Volumes", "LocalPool", "Backend", "NBD", "EventLoop", "FuzzSupport",
+                .product(name: "Logging", package: "swift-log"),
+            ]
+        ),
+    ]
+    package.targets.append(.target(name: "FuzzSupport", path: "Fuzz/Support"))
     package.targets += programs.map { name, rooms in
-        .executableTarget(name: name, dependencies: rooms.map { .byName(name: $0) }, path: "Fuzz/\(name)")
+        .executableTarget(name: name, dependencies: rooms, path: "Fuzz/\(name)")
     }
 }
 

@@ -1,4 +1,5 @@
 import Configuration
+import FuzzSupport
 
 /// qbd.conf, and every text that people write by hand: names, sizes, rates. What one part of the program accepts, the
 /// others must be able to rely on.
@@ -16,20 +17,20 @@ func fuzzOneInput(_ start: UnsafePointer<UInt8>?, _ count: Int) -> CInt {
 private func checkFile(_ bytes: [UInt8]) {
     do throws(ConfigurationError) {
         let configuration = try DaemonConfiguration(parsing: bytes, file: "qbd.conf")
-        precondition((1...255).contains(configuration.client.ioDepth))
-        precondition((1...1024).contains(configuration.nbd.maxConnections))
-        precondition(configuration.warnings.count <= 101)
+        require((1...255).contains(configuration.client.ioDepth))
+        require((1...1024).contains(configuration.nbd.maxConnections))
+        require(configuration.warnings.count <= 101)
         configuration.warnings.forEach(checkText)
         for (name, pool) in configuration.pools {
-            precondition(name == pool.name && isAllowed(name))
+            require(name == pool.name && isAllowed(name))
             if case .local(let path) = pool.kind {
-                precondition(path.hasPrefix("/") && !path.utf8.contains(0))
+                require(path.hasPrefix("/") && !path.utf8.contains(0))
             }
         }
     } catch {
-        precondition(error.file == "qbd.conf" && error.systemError == nil)
+        require(error.file == "qbd.conf" && error.systemError == nil)
         if let line = error.line {
-            precondition(line >= 1 && line <= bytes.count { $0 == UInt8(ascii: "\n") } + 1)
+            require(line >= 1 && line <= bytes.count { $0 == UInt8(ascii: "\n") } + 1)
         }
         checkText(error.description)
     }
@@ -38,9 +39,9 @@ private func checkFile(_ bytes: [UInt8]) {
 private func checkName(_ text: String) {
     do throws(ConfigurationError) {
         let name = try VolumeName(parsing: text)
-        precondition([name.pool, name.volume, name.snapshot ?? "-"].allSatisfy(isAllowed))
+        require([name.pool, name.volume, name.snapshot ?? "-"].allSatisfy(isAllowed))
         let again = try VolumeName(parsing: name.description)
-        precondition(again == name)
+        require(again == name)
     } catch {
         checkText(error.description)
     }
@@ -49,14 +50,14 @@ private func checkName(_ text: String) {
 private func checkQuantities(_ text: String) {
     do throws(ConfigurationError) {
         let size = try Quantity.parseSize(text)
-        precondition(size >= 1 && size <= Quantity.maximum)
+        require(size >= 1 && size <= Quantity.maximum)
         let again = try Quantity.parseSize(Quantity.formatSize(size))
-        precondition(again == size)
+        require(again == size)
     } catch {
         checkText(error.description)
     }
     if let rate = try? Quantity.parseRate(operationsPerSecond: text) {
-        precondition(rate <= Quantity.maximum)
+        require(rate <= Quantity.maximum)
     }
 }
 
@@ -75,6 +76,6 @@ private func isAllowed(_ component: String) -> Bool {
 
 /// What goes to a log or a terminal is one line of sane length.
 private func checkText(_ text: String) {
-    precondition(!text.isEmpty && text.utf8.count < 4096)
-    precondition(text.utf8.allSatisfy { $0 >= 0x20 && $0 != 0x7F })
+    require(!text.isEmpty && text.utf8.count < 4096)
+    require(text.utf8.allSatisfy { $0 >= 0x20 && $0 != 0x7F })
 }
