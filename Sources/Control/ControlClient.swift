@@ -50,18 +50,15 @@ package struct ControlClient: Sendable {
 
     private func exchange(_ command: Command, _ body: String) async throws(ControlError) -> Exchange.Response {
         _ = try UnixAddress(path)
-        let loop = Self.group.any()
-        let promise = loop.makePromise(of: Exchange.Response.self)
+        let promise = Self.group.any().makePromise(of: Exchange.Response.self)
         let deadline = NIODeadline.now() + TimeAmount(timeout)
-        let bootstrap = ClientBootstrap(group: loop)
-            .channelInitializer { channel in
-                channel.eventLoop.makeCompletedFuture {
-                    try channel.pipeline.syncOperations.addHTTPClientHandlers()
-                    try channel.pipeline.syncOperations.addHandler(
-                        Exchange(command: command, body: body, deadline: deadline, promise: promise))
-                }
+        Self.connect(path, until: deadline) { channel in
+            channel.eventLoop.makeCompletedFuture {
+                try channel.pipeline.syncOperations.addHTTPClientHandlers()
+                try channel.pipeline.syncOperations.addHandler(
+                    Exchange(command: command, body: body, deadline: deadline, promise: promise))
             }
-        bootstrap.connect(unixDomainSocketPath: path).whenFailure { promise.fail($0) }
+        }.whenFailure { promise.fail($0) }
         do {
             return try await promise.futureResult.get()
         } catch let fault as Exchange.Fault {
@@ -72,6 +69,24 @@ package struct ControlClient: Sendable {
             throw wrongSocket
         } catch {
             throw ControlError(EIO, "cannot ask qbdd at \(path): \(error)")
+        }
+    }
+
+    /// A Unix socket whose queue is full refuses at once instead of letting one wait, so this asks again until there is
+    /// room.
+    private static func connect(
+        _ path: String, until deadline: NIODeadline,
+        _ initializer: @escaping @Sendable (any Channel) -> EventLoopFuture<Void>
+    ) -> EventLoopFuture<Void> {
+        let loop = group.any()
+        let connected = ClientBootstrap(group: loop).channelInitializer(initializer).connect(unixDomainSocketPath: path)
+        return connected.map { _ in }.flatMapError { error in
+            guard let error = error as? IOError, error.errnoCode == EAGAIN, NIODeadline.now() < deadline else {
+                return loop.makeFailedFuture(error)
+            }
+            return loop.flatScheduleTask(in: .milliseconds(20)) {
+                connect(path, until: deadline, initializer)
+            }.futureResult
         }
     }
 }
@@ -112,7 +127,8 @@ extension ControlClient {
             ControlError(
                 EPERM, "no permission to ask qbdd at \(path): be root, or a member of the group qbd")
         case EAGAIN:
-            ControlError(ETIMEDOUT, "qbdd at \(path) takes no connection: too many commands wait for it; try again")
+            ControlError(
+                ETIMEDOUT, "qbdd at \(path) took no connection within \(timeout): too many commands wait for it")
         case EPIPE, ECONNRESET: describe(.closed)
         case EPROTOTYPE: wrongSocket
         case let code: ControlError(code, "cannot ask qbdd at \(path): \(String(cString: strerror(code)))")

@@ -59,7 +59,9 @@ struct ControlSocket: ~Copyable {
     ) throws(ControlError) -> FileIdentity {
         guard chmod(draft, 0o660) == 0 else { throw .system("cannot set the mode of \(path)") }
         if geteuid() == 0 {
-            guard chown(draft, 0, groupID(of: "qbd") ?? 0) == 0 else { throw .system("cannot set the owner of \(path)") }
+            guard chown(draft, 0, groupID(of: "qbd") ?? 0) == 0 else {
+                throw .system("cannot set the owner of \(path)")
+            }
         }
         guard Glibc.listen(descriptor, backlog) == 0 else { throw .system("cannot listen at \(path)") }
         guard let identity = FileIdentity(path: draft), rename(draft, path) == 0 else {

@@ -25,7 +25,9 @@ package enum ConfigPath {
         guard path.hasPrefix("/") else {
             throw .invalid("the path of the configuration must be absolute, and '\(path)' is not")
         }
-        let strangers = path.unicodeScalars.contains { $0.properties.isWhitespace || $0.value < 0x20 || $0.value == 0x7f }
+        let strangers = path.unicodeScalars.contains {
+            $0.properties.isWhitespace || $0.value < 0x20 || $0.value == 0x7f
+        }
         guard !strangers else {
             throw .invalid(
                 "the path of the configuration cannot hold a blank, because the fields of 'qbd list' end at blanks:"

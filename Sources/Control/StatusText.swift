@@ -62,7 +62,9 @@ package enum StatusText {
 
     private static func percentiles(_ value: MappingStatus.Percentiles) -> String {
         guard value.count > 0 else { return "- (none yet)" }
-        let parts = [("p50", value.p50), ("p90", value.p90), ("p99", value.p99), ("p99.9", value.p999), ("max", value.max)]
+        let parts = [
+            ("p50", value.p50), ("p90", value.p90), ("p99", value.p99), ("p99.9", value.p999), ("max", value.max),
+        ]
         return parts.map { "\($0) \(microseconds($1))" }.joined(separator: ", ")
     }
 

@@ -76,7 +76,9 @@ package enum Verb: String, CaseIterable, Sendable {
     package init?(word: String) { self.init(rawValue: word) }
 
     static func short(_ letter: Character) -> Verb? { allCases.first { $0.letters?.short == letter } }
-    static func long(_ name: some StringProtocol) -> Verb? { allCases.first { $0.letters.map { $0.long == name } ?? false } }
+    static func long(_ name: some StringProtocol) -> Verb? {
+        allCases.first { $0.letters.map { $0.long == name } ?? false }
+    }
 }
 
 /// The command line was not understood: exit status 64.

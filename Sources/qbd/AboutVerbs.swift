@@ -3,7 +3,8 @@ import Control
 
 struct Version: VerbCommand {
     static let configuration = CommandConfiguration(
-        abstract: "Print the version of the command, and of the daemon if it answers.")
+        commandName: Verb.version.word, abstract: "Print the version of the command, and of the daemon if it answers.",
+        usage: Verb.version.usageText)
 
     @OptionGroup var common: CommonOptions
 
@@ -32,7 +33,8 @@ struct Version: VerbCommand {
 
 struct HelpVerb: VerbCommand {
     static let configuration = CommandConfiguration(
-        commandName: "help", abstract: "Show what qbd can do, or how a verb is used.")
+        commandName: Verb.help.word, abstract: "Show what qbd can do, or how a verb is used.",
+        usage: Verb.help.usageText)
 
     @Argument(help: ArgumentHelp("Without it: all of them.", valueName: "verb"))
     var verb: String?

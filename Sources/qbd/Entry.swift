@@ -40,19 +40,22 @@ enum Entry {
 
     /// - Returns: nil when all that was asked for was a text, and it is printed.
     private static func parse(_ words: [String]) throws -> (any VerbCommand)? {
-        let command: any ParsableCommand
         do {
-            command = try Root.parseAsRoot(words)
+            let command = try Root.parseAsRoot(words)
+            if let verb = command as? any VerbCommand { return verb }
+            // The parser's own command for help, which throws the text.
+            var own = command
+            try own.run()
+            return nil
         } catch {
             guard Root.exitCode(for: error) == .success else {
                 throw UsageError(Root.message(for: error), verb: words.first.flatMap { Verb(word: $0) })
             }
             // Help or a completion script.
-            try Output.print(Root.fullMessage(for: error, columns: 80) + "\n")
+            let text = Root.fullMessage(for: error, columns: 80)
+            try Output.print(text.hasSuffix("\n") ? text : text + "\n")
             return nil
         }
-        guard let verb = command as? any VerbCommand else { throw UsageError("a verb is missing") }
-        return verb
     }
 
     private static func complain(_ error: UsageError) -> Int32 {
@@ -76,6 +79,11 @@ struct Root: ParsableCommand {
             Map.self, Unmap.self, Remap.self, List.self, MapAll.self, UnmapAll.self, Throttle.self, Suspend.self,
             Resume.self, Info.self, Resize.self, Create.self, Delete.self, Volumes.self, Version.self, HelpVerb.self,
         ])
+}
+
+extension Verb {
+    /// Above the options in the help of the verb.
+    var usageText: String { usage.joined(separator: "\n") }
 }
 
 /// A verb, parsed.

@@ -5,7 +5,8 @@ import Control
 
 struct Remap: VerbCommand {
     static let configuration = CommandConfiguration(
-        abstract: "Give a mapped volume fresh connections (a later version).")
+        commandName: Verb.remap.word, abstract: "Give a mapped volume fresh connections (a later version).",
+        usage: Verb.remap.usageText)
 
     @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"))
     var volume: String
@@ -21,7 +22,8 @@ struct Remap: VerbCommand {
 
 struct MapAll: VerbCommand {
     static let configuration = CommandConfiguration(
-        abstract: "Map every volume of a map.conf, in its order (a later version).")
+        commandName: Verb.mapAll.word, abstract: "Map every volume of a map.conf, in its order (a later version).",
+        usage: Verb.mapAll.usageText)
 
     @Option(name: [.customShort("f"), .long], help: "The list of volumes (/etc/neonsan/map.conf).")
     var file: String?
@@ -34,7 +36,9 @@ struct MapAll: VerbCommand {
 
 struct UnmapAll: VerbCommand {
     static let configuration = CommandConfiguration(
-        abstract: "Unmap every volume of a map.conf, in reverse order (a later version).")
+        commandName: Verb.unmapAll.word,
+        abstract: "Unmap every volume of a map.conf, in reverse order (a later version).",
+        usage: Verb.unmapAll.usageText)
 
     @Option(name: [.customShort("f"), .long], help: "The list of volumes (/etc/neonsan/map.conf).")
     var file: String?
@@ -47,7 +51,8 @@ struct UnmapAll: VerbCommand {
 
 struct Throttle: VerbCommand {
     static let configuration = CommandConfiguration(
-        abstract: "Limit the I/O of a mapped volume (a later version).")
+        commandName: Verb.throttle.word, abstract: "Limit the I/O of a mapped volume (a later version).",
+        usage: Verb.throttle.usageText)
 
     @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"))
     var volume: String
@@ -71,7 +76,8 @@ struct Throttle: VerbCommand {
 
 struct Suspend: VerbCommand {
     static let configuration = CommandConfiguration(
-        abstract: "Hold back the I/O of a mapped volume (a later version).")
+        commandName: Verb.suspend.word, abstract: "Hold back the I/O of a mapped volume (a later version).",
+        usage: Verb.suspend.usageText)
 
     @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"))
     var volume: String
@@ -87,7 +93,8 @@ struct Suspend: VerbCommand {
 
 struct Resume: VerbCommand {
     static let configuration = CommandConfiguration(
-        abstract: "Let held-back I/O go on, fail, or be discarded (a later version).")
+        commandName: Verb.resume.word, abstract: "Let held-back I/O go on, fail, or be discarded (a later version).",
+        usage: Verb.resume.usageText)
 
     @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"))
     var volume: String
@@ -107,7 +114,9 @@ struct Resume: VerbCommand {
 }
 
 struct Resize: VerbCommand {
-    static let configuration = CommandConfiguration(abstract: "Grow a volume (a later version).")
+    static let configuration = CommandConfiguration(
+        commandName: Verb.resize.word, abstract: "Grow a volume (a later version).",
+        usage: Verb.resize.usageText)
 
     @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"))
     var volume: String

@@ -4,7 +4,8 @@ import Control
 
 struct Map: VerbCommand {
     static let configuration = CommandConfiguration(
-        abstract: "Map a volume.",
+        commandName: Verb.map.word, abstract: "Map a volume.",
+        usage: Verb.map.usageText,
         discussion: """
             With --export the volume is served over NBD, without a kernel device, and the URI to reach it is printed. \
             Mapping what is mapped already in the same way changes nothing and is a success.
@@ -36,7 +37,8 @@ struct Map: VerbCommand {
 
 struct Unmap: VerbCommand {
     static let configuration = CommandConfiguration(
-        abstract: "Unmap a volume.",
+        commandName: Verb.unmap.word, abstract: "Unmap a volume.",
+        usage: Verb.unmap.usageText,
         discussion: "Not mapped is exit status 25, in use is exit status 16. With -c it must be mapped with that file.")
 
     @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"))
@@ -55,7 +57,8 @@ struct Unmap: VerbCommand {
 
 struct List: VerbCommand {
     static let configuration = CommandConfiguration(
-        abstract: "List every mapped volume.",
+        commandName: Verb.list.word, abstract: "List every mapped volume.",
+        usage: Verb.list.usageText,
         discussion: """
             A header and one line a volume, fields separated by blanks, none empty: dev_id vol_id device volume config \
             read_bps write_bps read_iops write_iops. The device is - for a volume that is only exported.
@@ -74,7 +77,9 @@ struct List: VerbCommand {
 
 struct Info: VerbCommand {
     static let configuration = CommandConfiguration(
-        abstract: "Show all that is known of a mapped volume: state, clients, counters, latency.")
+        commandName: Verb.info.word,
+        abstract: "Show all that is known of a mapped volume: state, clients, counters, latency.",
+        usage: Verb.info.usageText)
 
     @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"))
     var volume: String

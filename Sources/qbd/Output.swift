@@ -6,7 +6,8 @@ enum Output {
     /// Writes all of it to stdout.
     static func print(_ text: String) throws(ControlError) {
         guard let code = write(text, to: STDOUT_FILENO) else { return }
-        throw ControlError(code, "what was asked is done, but stdout cannot be written: \(String(cString: strerror(code)))")
+        throw ControlError(
+            code, "what was asked is done, but stdout cannot be written: \(String(cString: strerror(code)))")
     }
 
     /// One line on stderr.

@@ -4,7 +4,8 @@ import Control
 
 struct Create: VerbCommand {
     static let configuration = CommandConfiguration(
-        abstract: "Create a volume, all zeros.",
+        commandName: Verb.create.word, abstract: "Create a volume, all zeros.",
+        usage: Verb.create.usageText,
         discussion: "Prints nothing; with --json what was created.")
 
     @Argument(help: ArgumentHelp("pool/volume", valueName: "volume"))
@@ -41,7 +42,8 @@ struct Create: VerbCommand {
 
 struct Delete: VerbCommand {
     static let configuration = CommandConfiguration(
-        abstract: "Delete a volume and its data.",
+        commandName: Verb.delete.word, abstract: "Delete a volume and its data.",
+        usage: Verb.delete.usageText,
         discussion: "Refused with exit status 16 while the volume is mapped.")
 
     @Argument(help: ArgumentHelp("pool/volume", valueName: "volume"))
@@ -60,7 +62,8 @@ struct Delete: VerbCommand {
 
 struct Volumes: VerbCommand {
     static let configuration = CommandConfiguration(
-        abstract: "List the volumes of a pool, or of every pool of the configuration.",
+        commandName: Verb.volumes.word, abstract: "List the volumes of a pool, or of every pool of the configuration.",
+        usage: Verb.volumes.usageText,
         discussion: """
             A header and one line a volume, fields separated by blanks, none empty: vol_id volume size block_size \
             created. Sizes are bytes.

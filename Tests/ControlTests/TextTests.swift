@@ -1,0 +1,105 @@
+import Control
+import Testing
+
+@Suite("What qbd prints")
+struct TextTests {
+    private var mapping: MappingRecord { .example }
+
+    @Test("the list has exactly the documented header and columns")
+    func list() {
+        #expect(
+            MappingTable.text([mapping]) == """
+                dev_id  vol_id  device  volume  config  read_bps    write_bps   read_iops   write_iops
+                0   0x3ff7000000    qbd0    csi/foo1    /etc/neonsan/qbd.conf   0   0   0   0
+
+                """)
+    }
+
+    @Test("an empty list is the header alone")
+    func emptyList() {
+        #expect(
+            MappingTable.text([])
+                == "dev_id  vol_id  device  volume  config  read_bps    write_bps   read_iops   write_iops\n")
+    }
+
+    @Test("every line of the list has nine fields, none empty")
+    func fields() {
+        var exported = mapping
+        exported.device = "-"
+        exported.limits.writeBytes = 1 << 40
+        for line in MappingTable.text([mapping, exported]).split(separator: "\n") {
+            #expect(line.split(separator: " ").count == 9, "\(line)")
+        }
+    }
+
+    @Test("the volumes of a pool are a table without blanks in its fields")
+    func volumes() {
+        let volume = PoolVolume(volume: "a/b", id: 0x1_000_000, size: 64 << 20, blockSize: 512, created: 1_700_000_000)
+        #expect(
+            VolumeTable.text([volume]) == """
+                vol_id     volume  size      block_size  created
+                0x1000000  a/b     67108864  512         2023-11-14T22:13:20Z
+
+                """)
+    }
+
+    @Test("info names everything, aligned")
+    func info() {
+        let none = MappingStatus.Percentiles(count: 0, p50: 0, p90: 0, p99: 0, p999: 0, max: 0)
+        let some = MappingStatus.Percentiles(count: 10, p50: 12.34, p90: 50, p99: 99.96, p999: 1234.5, max: 2000)
+        let status = MappingStatus(
+            mapping: mapping,
+            counters: .init(
+                reads: 10, writes: 0, flushes: 0, trims: 0, readBytes: 40961, writtenBytes: 0, errors: 0, inFlight: 2),
+            latency: .init(reads: some, writes: none, flushes: none))
+        #expect(
+            StatusText.text(status) == """
+                volume:        csi/foo1
+                volume id:     0x3ff7000000
+                device:        /dev/qbd0
+                uri:           nbd+unix:///csi/foo1?socket=/run/qbd/nbd.sock
+                size:          1 GiB (1073741824 B)
+                block size:    512 B
+                protocol:      local
+                access:        read-write
+                config:        /etc/neonsan/qbd.conf
+                state:         normal since 2023-11-14T22:13:20Z
+                connections:   1
+                limits:        none
+                reads:         10, 40.00 KiB (40961 B)
+                writes:        0, 0 B
+                flushes:       0
+                trims:         0
+                errors:        0
+                in flight:     2
+                read latency:  p50 12.3 us, p90 50.0 us, p99 100.0 us, p99.9 1235 us, max 2000 us
+                write latency: - (none yet)
+                flush latency: - (none yet)
+
+                """)
+    }
+
+    @Test("JSON has the list's columns under their names, flat")
+    func json() throws {
+        #expect(
+            try ControlJSON.compact([mapping]) == """
+                [{"block_size":512,"config":"/etc/neonsan/qbd.conf","connections":1,"dev_id":0,"device":"qbd0",\
+                "protocol":"local","read_bps":0,"read_iops":0,"read_only":false,"since":1700000000,"size":1073741824,\
+                "state":"normal","uri":"nbd+unix:///csi/foo1?socket=/run/qbd/nbd.sock","vol_id":"0x3ff7000000",\
+                "volume":"csi/foo1","write_bps":0,"write_iops":0}]
+                """)
+    }
+
+    @Test(
+        "times are RFC 3339 in UTC", arguments: [(0, "1970-01-01T00:00:00Z"), (1_795_222_923, "2026-11-21T01:02:03Z")])
+    func times(seconds: Int64, text: String) {
+        #expect(Calendar.text(seconds) == text)
+    }
+}
+
+extension MappingRecord {
+    static let example = MappingRecord(
+        deviceID: 0, id: 0x3f_f700_0000, device: "qbd0", volume: "csi/foo1", config: "/etc/neonsan/qbd.conf",
+        limits: .none, state: "normal", since: 1_700_000_000, size: 1 << 30, blockSize: 512, transport: "local",
+        readOnly: false, uri: "nbd+unix:///csi/foo1?socket=/run/qbd/nbd.sock", connections: 1)
+}
