@@ -37,7 +37,8 @@ package final class LocalPool: VolumePool {
         }
         guard !directory.exists(Self.data(volume)) else {
             throw BackendError(
-                code: EEXIST, message: "\(path)/\(Self.data(volume)) is in the way and belongs to no volume; move it away")
+                code: EEXIST,
+                message: "\(path)/\(Self.data(volume)) is in the way and belongs to no volume; move it away")
         }
         let record = VolumeRecord(
             id: try unusedID(directory), volume: volume, size: size, blockSize: blockSize, created: Int64(time(nil)))
@@ -154,8 +155,8 @@ package final class LocalPool: VolumePool {
             Glibc.close(data)
             throw BackendError(
                 code: EIO,
-                message: "\(path)/\(Self.data(volume)) has \(status.st_size) bytes, its description says \(record.size); "
-                    + "data is missing, restore the file")
+                message: "\(path)/\(Self.data(volume)) has \(status.st_size) bytes, its description says "
+                    + "\(record.size); data is missing, restore the file")
         }
         return LocalOpenVolume(record: record, descriptor: data, readOnly: readOnly)
     }
@@ -172,7 +173,8 @@ package final class LocalPool: VolumePool {
                 throw BackendError(code: code, message: "lock \(path)/\(Self.data(volume)): \(errnoText(code))")
             }
             throw BackendError(
-                code: EBUSY, message: "\(name)/\(volume) is in use (\(path)/\(Self.data(volume)) is locked); unmap it first")
+                code: EBUSY,
+                message: "\(name)/\(volume) is in use (\(path)/\(Self.data(volume)) is locked); unmap it first")
         }
         return data
     }

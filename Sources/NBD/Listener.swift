@@ -57,7 +57,9 @@ package final class Listener: EventSource, @unchecked Sendable {
             var length = socklen_t(MemoryLayout<sockaddr_storage>.size)
             let client = withUnsafeMutablePointer(to: &address) { storage in
                 storage.withMemoryRebound(to: sockaddr.self, capacity: 1) {
-                    accept4(descriptor, __SOCKADDR_ARG(__sockaddr__: $0), &length, Int32(SOCK_CLOEXEC.rawValue | SOCK_NONBLOCK.rawValue))
+                    accept4(
+                        descriptor, __SOCKADDR_ARG(__sockaddr__: $0), &length,
+                        Int32(SOCK_CLOEXEC.rawValue | SOCK_NONBLOCK.rawValue))
                 }
             }
             guard client >= 0 else { return acceptFailed(errno) }

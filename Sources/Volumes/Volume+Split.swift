@@ -56,7 +56,8 @@ extension Volume {
         case .write:
             part.pointee.durable = request.pointee.durable
             if let payload = request.pointee.payload {
-                part.pointee.segment = Segment(base: payload + Int(request.pointee.issued), count: Int(part.pointee.length))
+                part.pointee.segment = Segment(
+                    base: payload + Int(request.pointee.issued), count: Int(part.pointee.length))
             }
         case .read, .extents:
             let segment = UnsafeMutableRawPointer(part).assumingMemoryBound(to: Segment.self)
@@ -78,7 +79,8 @@ extension Volume {
 
     /// The largest piece that stays inside the backend's limits.
     @inline(__always)
-    package static func partLength(_ operation: Operation, offset: UInt64, left: UInt32, _ geometry: Geometry) -> UInt32 {
+    package static func partLength(_ operation: Operation, offset: UInt64, left: UInt32, _ geometry: Geometry) -> UInt32
+    {
         var length = left
         if operation == .read || operation == .write { length = min(length, geometry.maximumTransfer) }
         if geometry.boundary > 0 {

@@ -72,7 +72,8 @@ import Testing
         let (input, output) = (ends[0], ends[1])
         let (bytes, continuation) = AsyncStream.makeStream(of: UInt8.self)
         let token = try #require(
-            await loop.call { try? loop.add(input, events: 1, source: Reader(input) { continuation.yield($0) }) } ?? nil)
+            await loop.call { try? loop.add(input, events: 1, source: Reader(input) { continuation.yield($0) }) } ?? nil
+        )
         var iterator = bytes.makeAsyncIterator()
         for byte in [UInt8(7), 8] {
             var byte = byte

@@ -72,14 +72,18 @@ private func code(_ body: () throws(BackendError) -> Void) -> Int32 {
 
     @Test func creatingTwiceFailsAndLeavesTheFirst() throws {
         let record = try pool.create(volume: "disk", size: 4096, blockSize: 512)
-        #expect(code { () throws(BackendError) in _ = try pool.create(volume: "disk", size: 8192, blockSize: 512) } == EEXIST)
+        #expect(
+            code { () throws(BackendError) in _ = try pool.create(volume: "disk", size: 8192, blockSize: 512) }
+                == EEXIST)
         #expect(try pool.list() == [record])
         #expect(directory.size("disk.raw") == 4096)
     }
 
     @Test func aForeignDataFileIsNeverTaken() throws {
         directory.write("disk.raw", "precious")
-        #expect(code { () throws(BackendError) in _ = try pool.create(volume: "disk", size: 4096, blockSize: 512) } == EEXIST)
+        #expect(
+            code { () throws(BackendError) in _ = try pool.create(volume: "disk", size: 4096, blockSize: 512) }
+                == EEXIST)
         #expect(try pool.list().isEmpty)
         #expect(directory.size("disk.raw") == 8)
     }
@@ -87,16 +91,20 @@ private func code(_ body: () throws(BackendError) -> Void) -> Int32 {
     @Test func onlyOneMayWriteAndManyMayRead() throws {
         _ = try pool.create(volume: "disk", size: 4096, blockSize: 512)
         let writer = try pool.open(volume: "disk", readOnly: false)
-        #expect(code { () throws(BackendError) in _ = try pool.open(volume: "disk", readOnly: true) } == EBUSY)
-        #expect(code { () throws(BackendError) in try pool.delete(volume: "disk") } == EBUSY)
+        #expect(
+            code { () throws(BackendError) in _ = try pool.open(volume: "disk", readOnly: true) } == EBUSY)
+        #expect(
+            code { () throws(BackendError) in try pool.delete(volume: "disk") } == EBUSY)
         writer.close()
         let first = try pool.open(volume: "disk", readOnly: true)
         let second = try pool.open(volume: "disk", readOnly: true)
-        #expect(code { () throws(BackendError) in _ = try pool.open(volume: "disk", readOnly: false) } == EBUSY)
+        #expect(
+            code { () throws(BackendError) in _ = try pool.open(volume: "disk", readOnly: false) } == EBUSY)
         first.close()
         second.close()
         try pool.delete(volume: "disk")
-        #expect(code { () throws(BackendError) in try pool.delete(volume: "disk") } == ENOENT)
+        #expect(
+            code { () throws(BackendError) in try pool.delete(volume: "disk") } == ENOENT)
     }
 
     // What each step of creating and deleting leaves behind when the daemon dies right after it.
@@ -126,7 +134,9 @@ private func code(_ body: () throws(BackendError) -> Void) -> Int32 {
         #expect(directory.size("disk.raw") == 512)
     }
 
-    @Test(arguments: ["", "version = 1\n", "nonsense", "version = 2\nid = 1\nsize = 512\nblock_size = 512\ncreated = 0\n"])
+    @Test(arguments: [
+        "", "version = 1\n", "nonsense", "version = 2\nid = 1\nsize = 512\nblock_size = 512\ncreated = 0\n",
+    ])
     func aDamagedDescriptionIsNamed(text: String) throws {
         directory.write("disk.raw", "")
         directory.write("disk.volume", text)
@@ -139,13 +149,15 @@ private func code(_ body: () throws(BackendError) -> Void) -> Int32 {
     @Test func aDataFileThatIsTooShortIsNotServed() throws {
         _ = try pool.create(volume: "disk", size: 8192, blockSize: 512)
         truncate("\(directory.path)/disk.raw", 4096)
-        #expect(code { () throws(BackendError) in _ = try pool.open(volume: "disk", readOnly: false) } == EIO)
+        #expect(
+            code { () throws(BackendError) in _ = try pool.open(volume: "disk", readOnly: false) } == EIO)
     }
 
     @Test func aLinkIsNotFollowed() throws {
         _ = try pool.create(volume: "disk", size: 512, blockSize: 512)
         unlink("\(directory.path)/disk.raw")
         symlink("/etc/passwd", "\(directory.path)/disk.raw")
-        #expect(code { () throws(BackendError) in _ = try pool.open(volume: "disk", readOnly: false) } == ELOOP)
+        #expect(
+            code { () throws(BackendError) in _ = try pool.open(volume: "disk", readOnly: false) } == ELOOP)
     }
 }

@@ -152,7 +152,9 @@ func hex(_ text: String) -> [UInt8] {
             + hex("49484156454f5054 0000000a 0000001c 00000001 61 00000001 0000000f 626173653a616c6c6f636174696f6e")
             + hex("49484156454f5054 00000007 00000007 00000001 62 0000")
         let progress = handshake.receive(&input, exports: Two())
-        guard case .transmission(let negotiated) = progress else { Issue.record("no transmission: \(progress)"); return }
+        guard case .transmission(let negotiated) = progress else {
+            Issue.record("no transmission: \(progress)"); return
+        }
         #expect(negotiated.structured && !negotiated.baseAllocation)
     }
 
