@@ -112,7 +112,7 @@ final class FileWorkers: EventSource {
         for index in 0..<count {
             do {
                 threads.append(
-                    try Thread(name: "qbd:file\(index)") { [shared] in Self.run(shared, signalsNext: true) })
+                    try Thread(name: "qbd:file\(index)") { [shared] in Self.run(shared) })
             } catch {
                 // One thread is enough to go on; with none there is no way to do the work.
                 precondition(!threads.isEmpty, "\(error)")
@@ -122,10 +122,8 @@ final class FileWorkers: EventSource {
 
     func close() {
         shared.queues.withLock { $0.stopped = true }
-        for thread in threads {
-            Self.signal(shared.work)
-            thread.join()
-        }
+        Self.signal(shared.work)
+        for thread in threads { thread.join() }
         threads = []
         if let token { loop.remove(token, descriptor: shared.done) }
         token = nil
@@ -150,7 +148,7 @@ final class FileWorkers: EventSource {
     /// Operations a thread takes at a time, so that several threads share a deep queue.
     private static let grab = 32
 
-    private static func run(_ shared: Shared, signalsNext: Bool) {
+    private static func run(_ shared: Shared) {
         while true {
             var more = false
             var (mine, stopped) = shared.queues.withLock { queues -> (List, Bool) in
@@ -163,7 +161,11 @@ final class FileWorkers: EventSource {
                 return (mine, queues.stopped)
             }
             guard mine.head != nil else {
-                if stopped { return }
+                if stopped {
+                    // The next one sleeps on the same count.
+                    signal(shared.work)
+                    return
+                }
                 var value: UInt64 = 0
                 _ = Glibc.read(shared.work, &value, 8)
                 continue

@@ -134,7 +134,7 @@ package final class LocalPool: VolumePool {
                 guard error.code == ENOENT else { throw error }
             }
         }
-        return records
+        return records.sorted { $0.volume < $1.volume }
     }
 
     private func describe(_ directory: borrowing Directory, _ volume: String) throws(BackendError) -> VolumeRecord {

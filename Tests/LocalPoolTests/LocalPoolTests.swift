@@ -55,7 +55,7 @@ private func code(_ body: () throws(BackendError) -> Void) -> Int32 {
 
     @Test func aVolumeIsASparseFileAndItsDescription() throws {
         let record = try pool.create(volume: "disk", size: 1 << 30, blockSize: 4096)
-        #expect(directory.names == ["~lock", "disk.raw", "disk.volume"])
+        #expect(directory.names == ["disk.raw", "disk.volume", "~lock"])
         #expect(directory.size("disk.raw") == 1 << 30)
         #expect(record.id % (1 << 24) == 0 && record.id > 0)
         #expect(try pool.list() == [record])
@@ -114,7 +114,7 @@ private func code(_ body: () throws(BackendError) -> Void) -> Int32 {
         directory.write("~disk.volume.new", "half")
         #expect(try pool.list().isEmpty)
         _ = try pool.create(volume: "other", size: 512, blockSize: 512)
-        #expect(directory.names == ["~lock", "other.raw", "other.volume"])
+        #expect(directory.names == ["other.raw", "other.volume", "~lock"])
     }
 
     @Test func creatingThatDiedAfterItsDescriptionIsFinished() throws {
@@ -122,7 +122,7 @@ private func code(_ body: () throws(BackendError) -> Void) -> Int32 {
         rename("\(directory.path)/disk.raw", "\(directory.path)/~disk.raw.new")
         #expect(try pool.list() == [record])
         try pool.open(volume: "disk", readOnly: false).close()
-        #expect(directory.names == ["~lock", "disk.raw", "disk.volume"])
+        #expect(directory.names == ["disk.raw", "disk.volume", "~lock"])
     }
 
     @Test func deletingThatDiedIsFinished() throws {
@@ -130,7 +130,7 @@ private func code(_ body: () throws(BackendError) -> Void) -> Int32 {
         rename("\(directory.path)/disk.volume", "\(directory.path)/~disk.volume.deleted")
         #expect(try pool.list().isEmpty)
         _ = try pool.create(volume: "disk", size: 512, blockSize: 512)
-        #expect(directory.names == ["~lock", "disk.raw", "disk.volume"])
+        #expect(directory.names == ["disk.raw", "disk.volume", "~lock"])
         #expect(directory.size("disk.raw") == 512)
     }
 
