@@ -56,7 +56,7 @@ let package = Package(
             name: "Volumes",
             dependencies: ["Backend", "NBD", "EventLoop", "CLinux", .product(name: "Logging", package: "swift-log")],
             swiftSettings: dataPath),
-        .target(name: "Backend", dependencies: ["EventLoop"], swiftSettings: dataPath),
+        .target(name: "Backend", dependencies: ["EventLoop", "CLinux"], swiftSettings: dataPath),
         .target(name: "LocalPool", dependencies: ["Backend", "EventLoop", "CLinux"], swiftSettings: dataPath),
         .target(name: "NBD", dependencies: ["EventLoop", "CLinux"], swiftSettings: dataPath),
         .target(name: "EventLoop", dependencies: ["CLinux"], swiftSettings: dataPath),

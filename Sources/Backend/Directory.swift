@@ -1,22 +1,21 @@
-import Backend
 import CLinux
 import EventLoop
 import Glibc
 
-/// An open directory and its files by name: every path stays inside it.
-struct Directory: ~Copyable {
-    let path: String
+/// An open directory and its files by name: every path stays inside it. All calls block.
+package struct Directory: ~Copyable {
+    package let path: String
     let descriptor: Int32
 
     /// Opens the directory, made with mode 0700 when it is missing and its parent is there.
-    init(path: String) throws(BackendError) {
+    package init(path: String) throws(BackendError) {
         self.path = path
         if mkdir(path, 0o700) != 0, errno != EEXIST {
             let code = errno
             throw BackendError(
-                code: code, message: "the pool's directory \(path) cannot be made: \(errnoText(code))")
+                code: code, message: "the directory \(path) cannot be made: \(errnoText(code))")
         }
-        descriptor = try Self.call("open the pool's directory \(path)") {
+        descriptor = try Self.call("open the directory \(path)") {
             qbd_open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0)
         }
     }
@@ -28,31 +27,31 @@ struct Directory: ~Copyable {
         do { return try retrying(operation, body) } catch { throw BackendError(error) }
     }
 
-    func open(_ file: String, _ flags: Int32, mode: mode_t = 0o600) throws(BackendError) -> Int32 {
+    package func open(_ file: String, _ flags: Int32, mode: mode_t = 0o600) throws(BackendError) -> Int32 {
         try Self.call("open \(path)/\(file)") { qbd_openat(descriptor, file, flags | O_CLOEXEC | O_NOFOLLOW, mode) }
     }
 
-    func exists(_ file: String) -> Bool { faccessat(descriptor, file, F_OK, AT_SYMLINK_NOFOLLOW) == 0 }
+    package func exists(_ file: String) -> Bool { faccessat(descriptor, file, F_OK, AT_SYMLINK_NOFOLLOW) == 0 }
 
-    func rename(_ old: String, to new: String) throws(BackendError) {
+    package func rename(_ old: String, to new: String) throws(BackendError) {
         try Self.call("rename \(path)/\(old) to \(new)") { renameat(descriptor, old, descriptor, new) }
     }
 
     /// Removes the file if it is there.
-    func remove(_ file: String) throws(BackendError) {
+    package func remove(_ file: String) throws(BackendError) {
         do { try Self.call("remove \(path)/\(file)") { unlinkat(descriptor, file, 0) } } catch {
             guard error.code == ENOENT else { throw error }
         }
     }
 
     /// Makes renames and removals durable.
-    func synchronize() throws(BackendError) {
+    package func synchronize() throws(BackendError) {
         try Self.call("synchronize \(path)") { fsync(descriptor) }
     }
 
     /// Holds the pool for one change, against other threads and other daemons; released with the descriptor.
     /// - Returns: a descriptor to close.
-    func lock() throws(BackendError) -> Int32 {
+    package func lock() throws(BackendError) -> Int32 {
         let lock = try open("~lock", O_RDWR | O_CREAT)
         do { try Self.call("lock \(path)") { flock(lock, LOCK_EX) } } catch {
             Glibc.close(lock)
@@ -62,7 +61,7 @@ struct Directory: ~Copyable {
     }
 
     /// Writes a whole small file durably under a new name; the caller renames it.
-    func write(_ text: String, to file: String) throws(BackendError) {
+    package func write(_ text: String, to file: String) throws(BackendError) {
         let output = try open(file, O_WRONLY | O_CREAT | O_TRUNC)
         defer { Glibc.close(output) }
         var bytes = Array(text.utf8)[...]
@@ -76,7 +75,7 @@ struct Directory: ~Copyable {
     }
 
     /// The contents of a file of at most 64 KiB.
-    func read(_ file: String) throws(BackendError) -> [UInt8] {
+    package func read(_ file: String) throws(BackendError) -> [UInt8] {
         let input = try open(file, O_RDONLY)
         defer { Glibc.close(input) }
         var bytes = [UInt8](repeating: 0, count: 64 << 10)
@@ -87,7 +86,7 @@ struct Directory: ~Copyable {
     }
 
     /// File names, sorted as byte strings.
-    func names() throws(BackendError) -> [String] {
+    package func names() throws(BackendError) -> [String] {
         let copy = try open(".", O_RDONLY | O_DIRECTORY)
         guard let stream = fdopendir(copy) else {
             let code = errno

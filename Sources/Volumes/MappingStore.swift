@@ -1,0 +1,88 @@
+import Backend
+import FoundationEssentials
+import Glibc
+
+/// What is known of a mapping when the daemon that made it is gone.
+package struct MappingDocument: Codable, Sendable, Equatable {
+    package var pool: String
+    package var volume: String
+    package var volumeID: UInt64
+    /// Absolute path.
+    package var config: String
+    package var readOnly: Bool
+    package var deviceID: UInt32
+    /// The kernel device; nil for a volume that is only exported.
+    package var device: Device?
+
+    package struct Device: Codable, Sendable, Equatable {
+        /// What the kernel knows the mapping by, at `/sys/block/nbdX/backend`. It alone says which device is ours.
+        package var identifier: String
+        /// `/dev/nbdX`, when the user asked for a certain one.
+        package var wanted: String?
+    }
+
+    package var name: String { "\(pool)/\(volume)" }
+}
+
+/// The documents of all mappings, one file each, in the daemon's state folder. Blocking; on the blocking-work thread.
+struct MappingStore: Sendable {
+    private static let suffix = ".mapping"
+    private let path: String
+
+    /// - Parameter path: the folder; it is made when missing, its parents too.
+    init(path: String) throws(BackendError) {
+        self.path = path
+        var parent = ""
+        for part in path.split(separator: "/").dropLast() {
+            parent += "/" + part
+            if mkdir(parent, 0o755) != 0, errno != EEXIST, errno != EISDIR, errno != EROFS {
+                throw BackendError(code: errno, message: "the state folder's parent \(parent) cannot be made")
+            }
+        }
+        _ = try Directory(path: path)
+    }
+
+    /// `@` stands in no name, so two volumes never share a file.
+    private static func file(_ pool: String, _ volume: String) -> String { "\(pool)@\(volume)\(suffix)" }
+
+    /// Returns when the document is durable.
+    func save(_ document: MappingDocument) throws(BackendError) {
+        let directory = try Directory(path: path)
+        let file = Self.file(document.pool, document.volume)
+        let text: String
+        do {
+            let encoder = JSONEncoder()
+            encoder.outputFormatting = [.prettyPrinted, .sortedKeys, .withoutEscapingSlashes]
+            text = String(decoding: try encoder.encode(document), as: UTF8.self) + "\n"
+        } catch { throw BackendError(code: EIO, message: "\(path)/\(file): \(error)") }
+        try directory.write(text, to: "~" + file)
+        try directory.rename("~" + file, to: file)
+        try directory.synchronize()
+    }
+
+    func remove(pool: String, volume: String) throws(BackendError) {
+        let directory = try Directory(path: path)
+        try directory.remove(Self.file(pool, volume))
+        try directory.synchronize()
+    }
+
+    /// Every document that is whole, by device id, and a sentence for each that is not.
+    func load() throws(BackendError) -> (documents: [MappingDocument], damaged: [String]) {
+        let directory = try Directory(path: path)
+        var documents: [MappingDocument] = []
+        var damaged: [String] = []
+        for file in try directory.names() where file.hasSuffix(Self.suffix) && !file.hasPrefix("~") {
+            do {
+                let document = try JSONDecoder().decode(MappingDocument.self, from: Data(try directory.read(file)))
+                guard file == Self.file(document.pool, document.volume) else {
+                    damaged.append("\(path)/\(file) speaks of \(document.name); it is left alone")
+                    continue
+                }
+                documents.append(document)
+            } catch {
+                damaged.append("\(path)/\(file) cannot be read (\(error)); its mapping is not taken over")
+            }
+        }
+        return (documents.sorted { $0.deviceID < $1.deviceID }, damaged)
+    }
+}
