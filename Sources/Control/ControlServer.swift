@@ -36,14 +36,14 @@ package final class ControlServer: Sendable {
     /// Starts to listen and to answer.
     ///
     /// - Parameters:
-    ///   - path: of the Unix socket; folders to it are made, a dead daemon's socket is replaced.
+    ///   - reserved: the path of the Unix socket.
     ///   - report: called with one line about a client that broke the protocol, on the server's thread.
-    /// - Throws: code 98 when another daemon answers at `path`, 17 when something else than a socket is there.
     package init(
-        path: String, service: any ControlService, limits: Limits = Limits(),
+        at reserved: consuming ControlPath, service: any ControlService, limits: Limits = Limits(),
         report: @escaping @Sendable (String) -> Void
     ) async throws(ControlError) {
-        let socket = try ControlSocket.listen(at: path)
+        let path = reserved.path
+        let socket = try ControlSocket.listen(at: reserved)
         let descriptor = socket.descriptor
         let group = MultiThreadedEventLoopGroup(numberOfThreads: 1)
         let connections = ControlConnections(loop: group.any(), limit: limits.connections)

@@ -1,5 +1,32 @@
 import Glibc
 
+/// A path that is this process's to listen at, before it does: its lock is taken, and nobody else answers there.
+package struct ControlPath: ~Copyable {
+    package let path: String
+    fileprivate let lock: LockFile
+
+    /// Makes the folders to the path where they are missing, takes the path's lock, and checks that no other daemon
+    /// answers there and nothing but a socket is in the way.
+    ///
+    /// - Throws: code 98 when another daemon answers at `path`, 17 when something else than a socket is there, 22 when
+    ///   it is too long.
+    package static func reserve(_ path: String) throws(ControlError) -> ControlPath {
+        let address = try UnixAddress(path)
+        _ = try UnixAddress(ControlSocket.draft(of: path))
+        try ControlSocket.makeFolders(to: path)
+        let lock = try LockFile(path: path + ".lock", guarding: path)
+        try ControlSocket.refuseLivingOwner(path, address)
+        return ControlPath(path: path, lock: lock)
+    }
+
+    private init(path: String, lock: consuming LockFile) {
+        self.path = path
+        self.lock = lock
+    }
+
+    fileprivate consuming func takeLock() -> LockFile { lock }
+}
+
 /// The socket file the daemon listens at: made so that there is never a moment at which it is there with wrong rights,
 /// and never two daemons behind one path.
 struct ControlSocket: ~Copyable {
@@ -12,18 +39,12 @@ struct ControlSocket: ~Copyable {
     /// How many connections the kernel keeps waiting while the daemon is busy.
     private static let backlog: CInt = 1024
 
-    /// Makes the folders to the path where they are missing, takes the path's lock, checks that no other daemon
-    /// answers there, and puts a listening socket in place of what a dead daemon left behind. The socket has mode
-    /// 0660; with root's rights it belongs to root and to the group `qbd`, if there is one.
-    static func listen(at path: String) throws(ControlError) -> ControlSocket {
-        let address = try UnixAddress(path)
-        // The socket is made beside its path and moved there when it is ready.
-        let draft = path + "~"
+    /// Puts a listening socket in place of what a dead daemon left behind. The socket has mode 0660; with root's rights
+    /// it belongs to root and to the group `qbd`, if there is one.
+    static func listen(at reserved: consuming ControlPath) throws(ControlError) -> ControlSocket {
+        let path = reserved.path
+        let draft = draft(of: path)
         let draftAddress = try UnixAddress(draft)
-        try makeFolders(to: path)
-        let lock = try LockFile(path: path + ".lock", guarding: path)
-        try refuseLivingOwner(path, address)
-
         let descriptor = socket(AF_UNIX, socketKind, 0)
         guard descriptor >= 0 else { throw .system("cannot make a socket for \(path)") }
         do throws(ControlError) {
@@ -32,13 +53,16 @@ struct ControlSocket: ~Copyable {
                 throw .system("cannot make the socket \(path)")
             }
             let identity = try publish(descriptor, draft: draft, path: path)
-            return ControlSocket(descriptor: descriptor, path: path, lock: lock, identity: identity)
+            return ControlSocket(descriptor: descriptor, path: path, lock: reserved.takeLock(), identity: identity)
         } catch {
             unlink(draft)
             Glibc.close(descriptor)
             throw error
         }
     }
+
+    /// The socket is made beside its path and moved there when it is ready.
+    fileprivate static func draft(of path: String) -> String { path + "~" }
 
     private init(descriptor: CInt, path: String, lock: consuming LockFile, identity: FileIdentity) {
         self.descriptor = descriptor
@@ -70,14 +94,14 @@ struct ControlSocket: ~Copyable {
         return identity
     }
 
-    private static func makeFolders(to path: String) throws(ControlError) {
+    fileprivate static func makeFolders(to path: String) throws(ControlError) {
         for index in path.indices.dropFirst() where path[index] == "/" {
             let folder = String(path[..<index])
             if mkdir(folder, 0o755) != 0, errno != EEXIST { throw .system("cannot make the folder \(folder)") }
         }
     }
 
-    private static func refuseLivingOwner(_ path: String, _ address: UnixAddress) throws(ControlError) {
+    fileprivate static func refuseLivingOwner(_ path: String, _ address: UnixAddress) throws(ControlError) {
         var status = stat()
         guard lstat(path, &status) == 0 else {
             if errno == ENOENT { return }
@@ -103,64 +127,6 @@ struct ControlSocket: ~Copyable {
         var room = [CChar](repeating: 0, count: 16 << 10)
         guard getgrnam_r(name, &entry, &room, room.count, &found) == 0, found != nil else { return nil }
         return entry.gr_gid
-    }
-}
-
-/// Which file a path means at the moment.
-struct FileIdentity: Equatable {
-    let device: UInt64
-    let inode: UInt64
-
-    init?(path: String) {
-        var status = stat()
-        guard lstat(path, &status) == 0 else { return nil }
-        self.init(status)
-    }
-
-    init?(descriptor: CInt) {
-        var status = stat()
-        guard fstat(descriptor, &status) == 0 else { return nil }
-        self.init(status)
-    }
-
-    private init(_ status: stat) {
-        device = UInt64(status.st_dev)
-        inode = UInt64(status.st_ino)
-    }
-}
-
-/// An exclusive lock that dies with its process.
-private struct LockFile: ~Copyable {
-    private let descriptor: CInt
-    private let path: String
-
-    init(path: String, guarding socket: String) throws(ControlError) {
-        while true {
-            let descriptor = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0o600)
-            guard descriptor >= 0 else { throw .system("cannot open the lock \(path)") }
-            guard flock(descriptor, LOCK_EX | LOCK_NB) == 0 else {
-                let error: ControlError =
-                    errno == EWOULDBLOCK
-                    ? ControlError(
-                        EADDRINUSE, "another qbdd serves \(socket): stop it, or choose another path with --socket")
-                    : .system("cannot lock \(path)")
-                close(descriptor)
-                throw error
-            }
-            // The owner before us may have removed the file between our open and our lock.
-            if FileIdentity(descriptor: descriptor) == FileIdentity(path: path) {
-                self.descriptor = descriptor
-                self.path = path
-                return
-            }
-            close(descriptor)
-        }
-    }
-
-    /// The file goes first, then the lock on it: whoever waits for it sees that it is gone.
-    deinit {
-        unlink(path)
-        close(descriptor)
     }
 }
 

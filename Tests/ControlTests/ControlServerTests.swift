@@ -108,7 +108,7 @@ struct ControlServerTests {
     func mode() async throws {
         let folder = try TemporaryFolder()
         let path = folder.path + "/one/two/ctl.sock"
-        let server = try await ControlServer(path: path, service: FakeService(), report: { _ in })
+        let server = try await ControlServer(at: ControlPath.reserve(path), service: FakeService(), report: { _ in })
         var status = stat()
         #expect(stat(path, &status) == 0)
         #expect(status.st_mode & 0o777 == 0o660)
@@ -122,7 +122,7 @@ struct ControlServerTests {
         try await Fixture.with { fixture in
             let path = fixture.folder.socket
             let error = await #expect(throws: ControlError.self) {
-                try await ControlServer(path: path, service: FakeService(), report: { _ in })
+                try await ControlServer(at: ControlPath.reserve(path), service: FakeService(), report: { _ in })
             }
             #expect(error?.code == 98)
             _ = try await fixture.client.send(VersionRequest())
@@ -134,7 +134,7 @@ struct ControlServerTests {
         let folder = try TemporaryFolder()
         let peer = try Peer(folder.socket)
         let error = await #expect(throws: ControlError.self) {
-            try await ControlServer(path: folder.socket, service: FakeService(), report: { _ in })
+            try await ControlServer(at: ControlPath.reserve(folder.socket), service: FakeService(), report: { _ in })
         }
         #expect(error?.code == 98)
         _ = try RawClient(folder.socket)
@@ -146,7 +146,8 @@ struct ControlServerTests {
         let folder = try TemporaryFolder()
         do { _ = try Peer(folder.socket) }
         #expect(folder.names() == ["ctl.sock"])
-        let server = try await ControlServer(path: folder.socket, service: FakeService(), report: { _ in })
+        let server = try await ControlServer(
+            at: ControlPath.reserve(folder.socket), service: FakeService(), report: { _ in })
         _ = try await ControlClient(path: folder.socket).send(VersionRequest())
         await server.stop()
         #expect(folder.names() == [])
@@ -157,7 +158,7 @@ struct ControlServerTests {
         let folder = try TemporaryFolder()
         close(open(folder.socket, O_CREAT | O_WRONLY, 0o600))
         let error = await #expect(throws: ControlError.self) {
-            try await ControlServer(path: folder.socket, service: FakeService(), report: { _ in })
+            try await ControlServer(at: ControlPath.reserve(folder.socket), service: FakeService(), report: { _ in })
         }
         #expect(error?.code == 17)
         #expect(folder.names() == ["ctl.sock"])
@@ -167,7 +168,7 @@ struct ControlServerTests {
     func longPath() async throws {
         let path = "/tmp/" + String(repeating: "x", count: 120)
         let error = await #expect(throws: ControlError.self) {
-            try await ControlServer(path: path, service: FakeService(), report: { _ in })
+            try await ControlServer(at: ControlPath.reserve(path), service: FakeService(), report: { _ in })
         }
         #expect(error?.code == 22)
     }
@@ -178,7 +179,8 @@ struct ControlServerTests {
     func stopWaits() async throws {
         let folder = try TemporaryFolder()
         let service = FakeService()
-        let server = try await ControlServer(path: folder.socket, service: service, report: { _ in })
+        let server = try await ControlServer(
+            at: ControlPath.reserve(folder.socket), service: service, report: { _ in })
         let idle = try RawClient(folder.socket)
         async let answer = ControlClient(path: folder.socket).send(InfoRequest(volume: "a/b", config: nil))
         await service.untilBlocked()
@@ -196,7 +198,8 @@ struct ControlServerTests {
     func stopGivesUp() async throws {
         let folder = try TemporaryFolder()
         let service = FakeService()
-        let server = try await ControlServer(path: folder.socket, service: service, report: { _ in })
+        let server = try await ControlServer(
+            at: ControlPath.reserve(folder.socket), service: service, report: { _ in })
         let asked = Task { try await ControlClient(path: folder.socket).send(InfoRequest(volume: "a/b", config: nil)) }
         await service.untilBlocked()
         await server.stop(grace: .milliseconds(50))

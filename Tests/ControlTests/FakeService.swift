@@ -132,6 +132,6 @@ struct Fixture: Sendable {
         self.folder = folder
         self.reports = reports
         server = try await ControlServer(
-            path: folder.socket, service: service, limits: limits, report: { reports.add($0) })
+            at: ControlPath.reserve(folder.socket), service: service, limits: limits, report: { reports.add($0) })
     }
 }

@@ -1,0 +1,62 @@
+import Backend
+import Configuration
+import Control
+import Glibc
+import Volumes
+
+// From what the rooms below know to what goes over the control socket.
+
+extension ControlError {
+    init(_ error: BackendError) {
+        self.init(Self.documented(error.code), error.message)
+    }
+
+    init(_ error: ConfigurationError) {
+        self.init(Self.documented(error.systemError ?? EINVAL), "\(error)")
+    }
+
+    /// Both errnos for missing permission have the one documented exit status.
+    private static func documented(_ code: Int32) -> Int32 { code == EACCES ? EPERM : code }
+}
+
+extension MappingRecord {
+    init(_ mapped: MappedVolume) {
+        self.init(
+            deviceID: mapped.deviceID, id: mapped.record.id, device: mapped.device ?? "-", volume: mapped.name,
+            config: mapped.configPath, limits: .none, state: mapped.state.rawValue, since: mapped.since,
+            size: mapped.record.size, blockSize: mapped.record.blockSize, transport: mapped.protocolName,
+            readOnly: mapped.readOnly, uri: mapped.uri, connections: mapped.connections)
+    }
+}
+
+extension MappingStatus {
+    init(_ status: VolumeStatus) {
+        let counters = status.counters
+        self.init(
+            mapping: MappingRecord(status.mapping),
+            counters: .init(
+                reads: counters.reads, writes: counters.writes, flushes: counters.flushes,
+                trims: counters.trims + counters.writeZeroes, readBytes: counters.bytesRead,
+                writtenBytes: counters.bytesWritten, errors: counters.errors,
+                inFlight: UInt64(max(status.inFlight, 0))),
+            latency: .init(
+                reads: .init(status.readLatency), writes: .init(status.writeLatency),
+                flushes: .init(status.flushLatency)))
+    }
+}
+
+extension MappingStatus.Percentiles {
+    init(_ summary: LatencySummary) {
+        self.init(
+            count: summary.count, p50: summary.p50, p90: summary.p90, p99: summary.p99, p999: summary.p999,
+            max: summary.maximum)
+    }
+}
+
+extension PoolVolume {
+    init(_ record: VolumeRecord, in pool: any VolumePool) {
+        self.init(
+            volume: "\(pool.name)/\(record.volume)", id: record.id, size: record.size, blockSize: record.blockSize,
+            created: record.created)
+    }
+}

@@ -1,0 +1,122 @@
+import Backend
+import Configuration
+import Control
+import Glibc
+import Logging
+import Volumes
+
+/// Answers commands with the volumes of this host.
+struct DaemonService: ControlService {
+    let manager: VolumeManager
+    let pools: PoolDirectory
+    let logger: Logger
+
+    func map(_ request: MapRequest) async throws(ControlError) -> MapRequest.Answer {
+        let name = try VolumeName.reachable(request.volume)
+        let config = try ConfigPath.validate(request.config)
+        guard request.export else { throw Feature.kernelDevice.comesLater }
+        let pool = try await pools.pool(name.pool, config)
+        do throws(BackendError) {
+            return MappingRecord(
+                try await manager.map(
+                    pool, volume: name.volume,
+                    options: MapOptions(readOnly: request.readOnly, configPath: config)))
+        } catch {
+            throw failed("map", name, error)
+        }
+    }
+
+    func unmap(_ request: UnmapRequest) async throws(ControlError) -> UnmapRequest.Answer {
+        let name = try VolumeName.reachable(request.volume)
+        try checkConfig(request.config, of: name)
+        do throws(BackendError) {
+            try await manager.unmap(pool: name.pool, volume: name.volume, force: false)
+        } catch {
+            throw failed("unmap", name, error)
+        }
+        return Done()
+    }
+
+    func list(_ request: ListRequest) async throws(ControlError) -> ListRequest.Answer {
+        .init(mappings: await manager.list().map { MappingRecord($0) })
+    }
+
+    func info(_ request: InfoRequest) async throws(ControlError) -> InfoRequest.Answer {
+        let name = try VolumeName.reachable(request.volume)
+        try checkConfig(request.config, of: name)
+        do throws(BackendError) {
+            return MappingStatus(try await manager.info(pool: name.pool, volume: name.volume))
+        } catch {
+            throw ControlError(error)
+        }
+    }
+
+    func version(_ request: VersionRequest) async throws(ControlError) -> VersionRequest.Answer {
+        .init(version: ProductVersion.string, pid: getpid())
+    }
+
+    /// A configuration that was named must be the one the volume was mapped with: another cluster may have a volume of
+    /// the same name.
+    private func checkConfig(_ config: String?, of name: VolumeName) throws(ControlError) {
+        guard let config else { return }
+        _ = try ConfigPath.validate(config)
+        guard let mapped = manager.configPath(pool: name.pool, volume: name.volume), mapped != config else { return }
+        throw .notMapped("\(name) is not mapped with \(config) but with \(mapped); leave -c out, or name that one")
+    }
+
+    private func failed(_ what: String, _ name: VolumeName, _ error: BackendError) -> ControlError {
+        logger.notice(
+            "cannot \(what): \(error.message)", metadata: ["volume": "\(name)", "errno": "\(error.code)"])
+        return ControlError(error)
+    }
+}
+
+// MARK: - Volumes of a pool
+
+extension DaemonService {
+    func create(_ request: CreateRequest) async throws(ControlError) -> CreateRequest.Answer {
+        let name = try VolumeName.reachable(request.volume)
+        let pool = try await pools.pool(name.pool, try ConfigPath.validate(request.config))
+        do throws(BackendError) {
+            let record = try await manager.create(
+                pool, volume: name.volume, size: request.size, blockSize: request.blockSize)
+            return PoolVolume(record, in: pool)
+        } catch {
+            throw failed("create", name, error)
+        }
+    }
+
+    func delete(_ request: DeleteRequest) async throws(ControlError) -> DeleteRequest.Answer {
+        let name = try VolumeName.reachable(request.volume)
+        let pool = try await pools.pool(name.pool, try ConfigPath.validate(request.config))
+        do throws(BackendError) {
+            try await manager.delete(pool, volume: name.volume)
+        } catch {
+            throw failed("delete", name, error)
+        }
+        return Done()
+    }
+
+    func volumes(_ request: VolumesRequest) async throws(ControlError) -> VolumesRequest.Answer {
+        let config = try ConfigPath.validate(request.config)
+        if let pool = request.pool { return .init(volumes: try await volumes(of: pool, config), problems: []) }
+        var answer = VolumesRequest.Answer(volumes: [], problems: [])
+        for pool in try await pools.configuration(config).pools.keys.sorted() {
+            do throws(ControlError) {
+                answer.volumes += try await volumes(of: pool, config)
+            } catch {
+                answer.problems.append(PoolProblem(pool: pool, error: error))
+            }
+        }
+        return answer
+    }
+
+    private func volumes(of name: String, _ config: String) async throws(ControlError) -> [PoolVolume] {
+        let pool = try await pools.pool(name, config)
+        do throws(BackendError) {
+            return try await manager.volumes(pool).map { PoolVolume($0, in: pool) }
+        } catch {
+            throw ControlError(error)
+        }
+    }
+}

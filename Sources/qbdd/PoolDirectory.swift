@@ -1,0 +1,106 @@
+import Backend
+import Configuration
+import Control
+import Glibc
+import LocalPool
+import Logging
+
+/// Which pool a request means: a configuration's path and a pool's name lead to one object, as long as the daemon lives.
+///
+/// A file is read again when it has changed. A pool that it says the same of as before stays the same object, so what
+/// is in a memory pool survives a change of the file.
+actor PoolDirectory {
+    private struct File {
+        let version: FileVersion
+        let configuration: DaemonConfiguration
+    }
+
+    private struct Key: Hashable {
+        let config: String
+        let pool: PoolConfiguration
+    }
+
+    private let defaultPath: String?
+    private let logger: Logger
+    private var files: [String: File] = [:]
+    private var pools: [Key: any VolumePool] = [:]
+
+    /// - Parameter defaultPath: a configuration that may be missing, because nobody named it; it is empty then.
+    init(defaultPath: String?, logger: Logger) {
+        self.defaultPath = defaultPath
+        self.logger = logger
+    }
+
+    /// What the file says now.
+    ///
+    /// - Parameter path: absolute.
+    /// - Throws: code 2 when it is missing, 22 with file and line when it is wrong.
+    func configuration(_ path: String) throws(ControlError) -> DaemonConfiguration {
+        // Looked at before it is read: should it change in between, it is read once too often, not too seldom.
+        let version = FileVersion(path)
+        if let version, let file = files[path], file.version == version { return file.configuration }
+        do throws(ConfigurationError) {
+            let configuration = try load(path, isMissing: version == nil)
+            for warning in configuration.warnings { logger.warning("\(warning)") }
+            files[path] = version.map { File(version: $0, configuration: configuration) }
+            return configuration
+        } catch {
+            files[path] = nil
+            throw ControlError(error)
+        }
+    }
+
+    /// The pool of this name in the configuration at this path.
+    ///
+    /// - Throws: as `configuration`; code 2 when the file has no such pool.
+    func pool(_ name: String, _ path: String) throws(ControlError) -> any VolumePool {
+        let configuration = try configuration(path)
+        do throws(ConfigurationError) {
+            try VolumeName.validate(component: name, as: "pool name")
+        } catch {
+            throw ControlError(error)
+        }
+        guard let described = configuration.pools[name] else {
+            do throws(ConfigurationError) {
+                _ = try configuration.pool(named: name)
+            } catch {
+                throw ControlError(ENOENT, "\(error)")
+            }
+            throw ControlError(ENOENT, "pool '\(name)' is not configured")
+        }
+        let key = Key(config: path, pool: described)
+        if let pool = pools[key] { return pool }
+        let pool: any VolumePool =
+            switch described.kind {
+            case .local(let folder): LocalPool(name: name, path: folder)
+            case .memory: MemoryPool(name: name)
+            }
+        pools[key] = pool
+        return pool
+    }
+
+    private func load(_ path: String, isMissing: Bool) throws(ConfigurationError) -> DaemonConfiguration {
+        guard isMissing, path == defaultPath else { return try DaemonConfiguration.load(path: path) }
+        return try DaemonConfiguration(parsing: "", file: path)
+    }
+}
+
+/// By what a change of a file is noticed.
+private struct FileVersion: Equatable {
+    private let device: UInt64
+    private let inode: UInt64
+    private let size: Int64
+    private let seconds: Int
+    private let nanoseconds: Int
+
+    /// Nil when there is no file.
+    init?(_ path: String) {
+        var status = stat()
+        guard stat(path, &status) == 0 else { return nil }
+        device = UInt64(status.st_dev)
+        inode = UInt64(status.st_ino)
+        size = Int64(status.st_size)
+        seconds = status.st_mtim.tv_sec
+        nanoseconds = status.st_mtim.tv_nsec
+    }
+}
