@@ -89,6 +89,10 @@ write("FuzzTransmission", {
     + request(STATUS, 0, 0, 1) + request(DISCONNECT, 0x80, 0, 0) + request(FLUSH, REQ_ONE, 0, 0),
     "large": start(2, GO_SIMPLE, 0) + request(WRITE, 0, 0, 256, 2, 2) + request(READ, 0, 0, 256, 2, 2)
     + request(WRITE, 0, 0, 256, 2, 2),
+    "zeroes": start(0, GO_CONTEXT, 0) + request(WRITE, 0, 0, 2000) + request(ZEROES, 0, 100, 300)
+    + request(ZEROES, 0, 500, 20) + request(ZEROES, NO_HOLE, 600, 300) + request(READ, 0, 0, 2048)
+    + request(STATUS, 0, 0, 2048) + request(TRIM, 0, 1000, 600) + request(READ, 0, 0, 2048)
+    + request(STATUS, 0, 0, 2048) + request(WRITE, FUA, 1500, 548) + request(READ, 0, 0, 2048),
     "payload-missing": start(0, GO_SIMPLE, 1) + every + request(WRITE, 0, 0, 9000),
     "raw": start(0, GO_SIMPLE, 1) + every + request(RAW, 0, 0, 0) + struct.pack(">IHHQQI", 0x25609513, 0, 1, 7, 0, 99),
 })  # fmt: skip

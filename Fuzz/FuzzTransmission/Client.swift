@@ -13,8 +13,8 @@ struct Client {
         address.sun_family = sa_family_t(AF_UNIX)
         withUnsafeMutableBytes(of: &address.sun_path) { $0.copyBytes(from: path.utf8) }
         let result = withUnsafePointer(to: &address) {
-            $0.withMemoryRebound(to: sockaddr.self, capacity: 1) {
-                connect(descriptor, $0, socklen_t(MemoryLayout<sockaddr_un>.size))
+            $0.withMemoryRebound(to: sockaddr.self, capacity: 1) { address in
+                retrying { connect(descriptor, address, socklen_t(MemoryLayout<sockaddr_un>.size)) }
             }
         }
         require(result == 0, "the server does not accept: errno \(errno)")
@@ -30,7 +30,7 @@ struct Client {
             let sending = sent < script.wire.count
             if !sending, script.ending == .cutOff { break }
             var state = pollfd(fd: descriptor, events: Int16(POLLIN | (sending ? POLLOUT : 0)), revents: 0)
-            let ready = poll(&state, 1, Self.patience)
+            let ready = retrying { poll(&state, 1, Self.patience) }
             require(ready > 0, "the server does nothing, \(script.wire.count - sent) bytes unsent")
             if state.revents & Int16(POLLIN | POLLHUP | POLLERR) != 0, script.ending != .cutOff || !sending {
                 over = receive(&received, mayBeReset: script.hasRawBytes)
@@ -71,5 +71,13 @@ struct Client {
             received.append(contentsOf: buffer.prefix(count))
             return count == 0
         }
+    }
+}
+
+/// libFuzzer's clock interrupts system calls.
+private func retrying(_ call: () -> CInt) -> CInt {
+    while true {
+        let result = call()
+        if result >= 0 || errno != EINTR { return result }
     }
 }

@@ -9,19 +9,21 @@ struct Model {
 
     /// A request that changed blocks, in the order sent, which is the order in which they take effect.
     private struct Change {
-        let request: Int
+        let index: Int
+        let request: ClientRequest
         /// Units of 512 bytes.
         let blocks: Range<Int>
-        let value: UInt8
-        /// TRIM leaves open what is read afterwards.
+        /// TRIM leaves open what is read afterwards, and so does a write that was cut off.
         let isCertain: Bool
 
-        init(_ index: Int, _ request: ClientRequest, _ value: UInt8, isCertain: Bool) {
-            self.request = index
-            blocks = Int(request.offset / 512)..<Int(request.end / 512)
-            self.value = value
+        init(_ index: Int, _ request: ClientRequest, isCertain: Bool) {
+            self.index = index
+            self.request = request
             self.isCertain = isCertain
+            blocks = Int(request.offset / 512)..<Int(request.end / 512)
         }
+
+        func value(ofBlock block: Int) -> UInt8 { request.command == .write ? request.value(ofBlock: block) : 0 }
     }
 
     private static let EPERM: UInt32 = 1
@@ -36,14 +38,13 @@ struct Model {
         for (index, request) in script.requests.enumerated() where request.length > 0 {
             guard Self.errors(request, script) == [0] else { continue }
             switch request.command {
-            case .write: changes.append(Change(index, request, request.fill, isCertain: true))
-            case .writeZeroes: changes.append(Change(index, request, 0, isCertain: true))
-            case .trim: changes.append(Change(index, request, 0, isCertain: false))
+            case .write, .writeZeroes: changes.append(Change(index, request, isCertain: true))
+            case .trim: changes.append(Change(index, request, isCertain: false))
             default: break
             }
         }
         if let torn = script.torn, Self.errors(torn, script) == [0] {
-            changes.append(Change(script.requests.count, torn, torn.fill, isCertain: false))
+            changes.append(Change(script.requests.count, torn, isCertain: false))
         }
         self.changes = changes
     }
@@ -59,8 +60,8 @@ struct Model {
             } else {
                 require(script.hasRawBytes, "request \(index), \(script.requests[index]), was not answered")
             }
-            if let change = changes.first, change.request == index {
-                likely.replaceSubrange(change.blocks, with: repeatElement(change.value, count: change.blocks.count))
+            if let change = changes.first, change.index == index {
+                for block in change.blocks { likely[block] = change.value(ofBlock: block) }
                 changes.removeFirst()
             }
         }
@@ -159,8 +160,8 @@ struct Model {
     private func values(of block: Int, at index: Int) -> Set<UInt8> {
         var values: Set<UInt8> = [0]
         for change in changes where change.blocks.contains(block) {
-            if change.request < index, change.isCertain { values = [] }
-            values.insert(change.value)
+            if change.index < index, change.isCertain { values = [] }
+            values.insert(change.value(ofBlock: block))
         }
         return values
     }

@@ -6,8 +6,24 @@ struct ClientRequest {
     var flags: UInt16
     var offset: UInt64
     var length: UInt32
-    /// What a write's payload is made of; differs from request to request.
-    var fill: UInt8
+    /// Differs from request to request.
+    var seed: UInt8
+
+    /// What a write puts into a block of 512 bytes, counted from the front of the volume; never 0.
+    func value(ofBlock block: Int) -> UInt8 { UInt8((Int(seed) &* 37 &+ block &* 11) % 251 &+ 1) }
+
+    /// A write's first bytes.
+    func payload(_ count: Int) -> [UInt8] {
+        let start = Int(truncatingIfNeeded: offset & 0xff_ffff)
+        var bytes: [UInt8] = []
+        bytes.reserveCapacity(count)
+        while bytes.count < count {
+            let position = start + bytes.count
+            let length = min(count - bytes.count, 512 - position % 512)
+            bytes += [UInt8](repeating: value(ofBlock: position / 512), count: length)
+        }
+        return bytes
+    }
 
     var command: Command? { Command(rawValue: type) }
     var end: UInt64 { offset &+ UInt64(length) }
@@ -59,13 +75,13 @@ struct Script {
         negotiate()
         if !export.readOnly {
             // What earlier sessions left is no part of this one.
-            add(ClientRequest(type: 6, flags: 0, offset: 0, length: UInt32(export.size), fill: 0))
+            add(ClientRequest(type: 6, flags: 0, offset: 0, length: UInt32(export.size), seed: 0))
         }
         while !input.isEmpty, requests.count < Self.maximumRequests, !hasRawBytes {
             decodeRequest(&input)
         }
         if ending == .disconnect, !hasRawBytes {
-            append(ClientRequest(type: 2, flags: 0, offset: 0, length: 0, fill: 0), cookie: 0)
+            append(ClientRequest(type: 2, flags: 0, offset: 0, length: 0, seed: 0), cookie: 0)
         }
     }
 
@@ -102,7 +118,7 @@ struct Script {
         add(
             ClientRequest(
                 type: type, flags: flags, offset: offset, length: UInt32(truncatingIfNeeded: length),
-                fill: UInt8(requests.count + 1)))
+                seed: UInt8(requests.count + 1)))
     }
 
     private mutating func add(_ request: ClientRequest) {
@@ -114,11 +130,11 @@ struct Script {
         payload += Int(request.length)
         if payload <= Self.payloadBudget {
             requests.append(request)
-            wire += [UInt8](repeating: request.fill, count: Int(request.length))
+            wire += request.payload(Int(request.length))
         } else {
             hasRawBytes = true
             torn = request
-            wire += repeatElement(request.fill, count: 1000)
+            wire += request.payload(1000)
         }
     }
 
