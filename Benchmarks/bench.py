@@ -37,7 +37,7 @@ class Bars:
     def check(self, suite, what, value, limit, at_least):
         good = value >= limit if at_least else value <= limit
         sign = ">=" if at_least else "<="
-        self.lines.append(f"{'pass' if good else 'MISS'}  {suite:14s} {what:45s} {value:8.2f}  (bar {sign} {limit:g})")
+        self.lines.append(f"{'pass' if good else 'MISS'}  {suite:14s} {what:55s} {value:7.3f}  (bar {sign} {limit:g})")
 
     def check_peer(self, suite, load, ours, nbdkit):
         iops, cpu = 1.0, 0.85

@@ -76,4 +76,6 @@ def count_allocations(server, load, seconds):
         time.sleep(seconds)
         last, ended = server.allocations(), time.monotonic()
         side = finish_fio(fio, load, server, output)
+    if last == 0:
+        raise Failure("no allocation was counted since the server's start, so the count cannot be believed")
     return (last - first) / max(side["iops"] * (ended - began), 1)

@@ -89,7 +89,7 @@ step "Only what was written takes space on the disk." "du -ch pool | tail -n 1"
 step "What is mapped on this host. A kernel device would stand under 'device'." "qbd list"
 step "All about one volume: its state, its counters, how long its I/O took." "qbd info demo/disk1"
 
-step "Unmap it: the server ends, the data stays." "qbd unmap demo/disk1"
+step "Unmap it: it is served no more, the data stays." "qbd unmap demo/disk1"
 step "Nothing is mapped any more." "qbd list"
 step "Delete the volume and its data." "qbd delete demo/disk1"
 
