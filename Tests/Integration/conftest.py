@@ -8,7 +8,7 @@ import pytest
 
 from harness import BIN, Daemon, QBD, QBDD, Watchdog
 
-# Daemons that live now, for the reports and the watchdog.
+# Daemons that live now, for the reports.
 live = []
 
 
@@ -34,8 +34,9 @@ def pytest_runtest_makereport(item):
 @pytest.fixture(autouse=True)
 def watchdog(request):
     marker = request.node.get_closest_marker("deadline")
-    with Watchdog(live, marker.args[0] if marker else 60):
+    with Watchdog(marker.args[0] if marker else 60) as watchdog:
         yield
+    assert not watchdog.bit, f"the test ran longer than {watchdog.seconds} s, and its daemons were killed"
 
 
 @pytest.fixture

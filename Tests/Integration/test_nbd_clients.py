@@ -463,22 +463,19 @@ def test_volume_behaves_as_an_array_of_bytes(any_uri, block_size):
 def test_trim_gives_space_back(daemon):
     """Thin: a volume takes what was written, and less after a trim."""
 
-    def used():
-        return sum(path.stat().st_blocks * 512 for path in daemon.pool_path.rglob("*") if path.is_file())
-
     uri = daemon.volume("disk/thin", "1G")
-    assert used() < MiB, "a new volume takes space"
+    assert daemon.used() < MiB, "a new volume takes space"
     with connected(uri) as handle:
         handle.pwrite(b"\x12" * 32 * MiB, 0)
         handle.flush()
-        assert 32 * MiB <= used() < 34 * MiB
+        assert 32 * MiB <= daemon.used() < 34 * MiB
         handle.trim(16 * MiB, 0)
         handle.flush()
-        assert 16 * MiB <= used() < 18 * MiB
+        assert 16 * MiB <= daemon.used() < 18 * MiB
         handle.zero(8 * MiB, 16 * MiB)
-        assert 8 * MiB <= used() < 10 * MiB
+        assert 8 * MiB <= daemon.used() < 10 * MiB
         handle.zero(4 * MiB, 0, nbd.CMD_FLAG_NO_HOLE)
-        assert 12 * MiB <= used() < 14 * MiB
+        assert 12 * MiB <= daemon.used() < 14 * MiB
 
 
 def test_volume_of_many_tebibytes(daemon, pool):

@@ -414,6 +414,27 @@ def test_mapping_and_unmapping_leaves_nothing_behind(daemon, pool):
         assert after[2] - before[2] < 2 * MiB
 
 
+def test_more_clients_than_a_volume_takes(daemon):
+    """The one too many is turned away; the others go on, and there is room again when one has left."""
+    uri = daemon.volume("disk/volume")
+    handles = [connect(uri) for _ in range(64)]
+    for handle in handles:
+        handle.pread(512, 0)
+    with pytest.raises(nbd.Error), connected(uri) as handle:
+        handle.pread(512, 0)
+    for handle in handles:
+        assert handle.pread(512, 0) == bytes(512)
+    handles.pop().shutdown()
+
+    def served():
+        with contextlib.suppress(nbd.Error), connected(uri) as handle:
+            return len(handle.pread(512, 0)) == 512
+
+    wait_for(served, "there is room for a client again")
+    for handle in handles:
+        handle.shutdown()
+
+
 def test_out_of_descriptors(daemon):
     """More clients than descriptors: those that are connected go on, and others get in when some have left."""
     uri = daemon.volume("disk/volume")
