@@ -6,11 +6,12 @@ import time
 
 import nbd
 
-from harness import KiB, SLOWNESS, wait_for
+from harness import KiB, MiB, SLOWNESS, wait_for
 
 
 class Bystander(threading.Thread):
-    """Writes, flushes and reads back in `region` of one volume until stopped, on one session that must never break."""
+    """Writes, flushes and reads back in `region` (offset and length, whole MiB) of one volume until stopped, on one
+    session that must never break."""
 
     def __init__(self, uri, region, block=32 * KiB, pause=0.001):
         super().__init__(daemon=True)
@@ -24,6 +25,9 @@ class Bystander(threading.Thread):
         self.stopping = threading.Event()
         self.handle = nbd.NBD()
         self.handle.connect_uri(uri)
+        # All of it once, so that what the volume takes does not grow while somebody measures.
+        for offset in range(self.start_offset, self.start_offset + self.length, MiB):
+            self.handle.pwrite(bytes([0xB5]) * MiB, offset)
         self.start()
 
     def run(self):
