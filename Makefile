@@ -22,25 +22,36 @@ BIN := .build/release
 LOGS := .build/logs
 FORMATTED := Package.swift Sources Tests Fuzz
 
-NEED_BUILD := swift git liburing-dev gcc:cc libc6-dev libstdc++-12-dev
-NEED_CLIENTS := libnbd-bin:nbdcopy python3-libnbd nbdkit qemu-utils:qemu-io fio:fio python3
-NEED_TESTS := $(NEED_CLIENTS) python3-pytest
-NEED_BENCH := libnbd-bin:nbdcopy python3-libnbd nbdkit qemu-utils:qemu-nbd fio:fio python3
+# What is needed, for scripts/need.sh. A target asks for all of it at its start, so that apt runs once.
+BUILDING := swift git liburing-dev gcc:cc libc6-dev libstdc++-12-dev
+CLIENTS := libnbd-bin:nbdcopy python3 python3-libnbd nbdkit:nbdkit qemu-utils:qemu-io fio:fio
+NEED_BUILD := scripts/need.sh "build qbd" $(BUILDING)
+NEED_DEMO := scripts/need.sh "run the demo" $(BUILDING) libnbd-bin:nbdcopy
+NEED_BENCH := scripts/need.sh "measure beside the peers" $(BUILDING) $(CLIENTS)
+NEED_TESTS := scripts/need.sh "run all tests" $(BUILDING) $(CLIENTS) python3-pytest mandoc:mandoc
 
 .PHONY: help
 help: ## This list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: need-demo need-bench need-tests
+need-demo:
+	@$(NEED_DEMO)
+need-bench:
+	@$(NEED_BENCH)
+need-tests:
+	@$(NEED_TESTS)
 
 # Building
 
 .PHONY: build
 build: ## Build qbd and qbdd, optimised, into .build/release
-	@scripts/need.sh "build qbd" $(NEED_BUILD)
+	@$(NEED_BUILD)
 	swift build -c release
 
 .PHONY: build-tests
 build-tests:
-	@scripts/need.sh "build qbd" $(NEED_BUILD)
+	@$(NEED_BUILD)
 	swift build -c release --build-tests
 
 .PHONY: install
@@ -62,24 +73,21 @@ clean: ## Remove everything that was built
 # Looking at it
 
 .PHONY: demo
-demo: build ## Show a volume from its creation to its end, with a daemon of its own
-	@scripts/need.sh "run the demo" libnbd-bin:nbdcopy
+demo: need-demo build ## Show a volume from its creation to its end, with a daemon of its own
 	@scripts/demo.sh $(BIN)
 
 .PHONY: bench
-bench: build .build/malloc_count.so ## Measure beside nbdkit and qemu-nbd (BENCH="--help" lists options)
-	@scripts/need.sh "measure beside the peers" $(NEED_BENCH)
+bench: need-bench build .build/malloc_count.so ## Measure beside nbdkit and qemu-nbd (BENCH="--help" lists options)
 	$(PYTHON) Benchmarks/bench.py $(BENCH)
 
 .build/malloc_count.so: Benchmarks/malloc_count.c
-	@scripts/need.sh "count allocations" gcc:cc libc6-dev
 	@mkdir -p $(@D)
 	cc -std=c11 -O2 -Wall -Wextra -Werror -fPIC -shared -o $@ $<
 
 # Testing
 
 .PHONY: test
-test: check build-tests fuzz-short unit integration ## Everything that has to pass: checks, short fuzzing, unit and integration tests
+test: need-tests check build-tests fuzz-short unit integration ## Everything that has to pass: checks, short fuzzing, unit and integration tests
 	@echo; echo "make test: all of it passed"
 	@grep -h 'Test run with' $(LOGS)/unit.log | tail -n 1
 	@tail -n 1 $(LOGS)/integration.log
@@ -88,7 +96,7 @@ test: check build-tests fuzz-short unit integration ## Everything that has to pa
 test-unit: build-tests unit ## Only the unit tests
 
 .PHONY: test-integration
-test-integration: build integration ## Only the tests of the programs from outside (PYTEST="-k name", PYTEST="-m long")
+test-integration: need-tests build integration ## Only the tests of the programs from outside (PYTEST="-k name", PYTEST="-m long")
 
 # Without a build of their own, so that `test` builds once, with --build-tests.
 .PHONY: unit integration
@@ -96,15 +104,13 @@ unit:
 	@mkdir -p $(LOGS)
 	swift test -c release --disable-testable-imports --skip-build --disable-xctest 2>&1 | tee $(LOGS)/unit.log
 integration:
-	@scripts/need.sh "test the programs from outside" $(NEED_TESTS)
 	@mkdir -p $(LOGS)
 	QBD_BIN_DIR=$(BIN) $(PYTHON) -m pytest $(PYTEST) Tests/Integration 2>&1 | tee $(LOGS)/integration.log
 
 .PHONY: test-sanitize test-address test-thread
 test-sanitize: test-address test-thread ## Unit and integration tests under AddressSanitizer and ThreadSanitizer
 test-address test-thread: test-%:
-	@scripts/need.sh "build qbd" $(NEED_BUILD)
-	@scripts/need.sh "test the programs from outside" $(NEED_TESTS)
+	@$(NEED_TESTS)
 	PYTHON=$(PYTHON) scripts/sanitize.sh $* $(PYTEST)
 
 .PHONY: check check-format check-man
@@ -113,7 +119,7 @@ check-format:
 	@scripts/need.sh "check the format" swift
 	swift format lint --strict --parallel --recursive $(FORMATTED)
 check-man:
-	@scripts/need.sh "check the man pages" mandoc
+	@scripts/need.sh "check the man pages" mandoc:mandoc
 	mandoc -T lint -W warning man/*.[58]
 
 .PHONY: format
@@ -123,8 +129,8 @@ format: ## Format the Swift sources in place
 
 .PHONY: fuzz fuzz-short
 fuzz: ## Fuzz the parsers, FUZZ_SECONDS (600) each
-	@scripts/need.sh "build qbd" $(NEED_BUILD)
+	@$(NEED_BUILD)
 	scripts/fuzz.sh $(FUZZ_SECONDS)
 fuzz-short:
-	@scripts/need.sh "build qbd" $(NEED_BUILD)
+	@$(NEED_BUILD)
 	scripts/fuzz.sh $(FUZZ_SHORT_SECONDS)
