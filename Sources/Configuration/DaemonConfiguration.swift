@@ -55,6 +55,10 @@ package struct DaemonConfiguration: Sendable {
         package internal(set) var listen: NetworkAddress?
         /// Connections that one export accepts at the same time, 1 to 1024.
         package internal(set) var maxConnections = 64
+        /// Sockets between the kernel and the daemon for one device, 1 to 4.
+        package internal(set) var connections = 1
+        /// How long a device's I/O waits for a daemon that is away.
+        package internal(set) var reattachTimeout = Duration.seconds(120)
     }
 }
 

@@ -140,6 +140,10 @@ extension DaemonConfigurationParser {
             configuration.nbd.listen = try Value.listenAddress(value, of: key)
         case ("nbd", "max_connections"):
             configuration.nbd.maxConnections = try Value.integer(value, of: key, in: 1...1024)
+        case ("nbd", "connections"):
+            configuration.nbd.connections = try Value.integer(value, of: key, in: 1...4)
+        case ("nbd", "reattach_timeout"):
+            configuration.nbd.reattachTimeout = try Value.seconds(value, of: key)
         default:
             return warnUnknown(key, in: section)
         }

@@ -16,10 +16,6 @@ package protocol ControlService: Sendable {
 }
 
 extension ControlService {
-    package func remap(_ request: RemapRequest) async throws(ControlError) -> RemapRequest.Answer {
-        throw Feature.remap.comesLater
-    }
-
     package func setThrottle(_ request: SetThrottleRequest) async throws(ControlError) -> SetThrottleRequest.Answer {
         throw Feature.throttle.comesLater
     }

@@ -3,7 +3,6 @@
 /// This file is the one place that decides it: the command asks here before it asks the daemon, and the daemon's
 /// answers to those commands come from here.
 package enum Feature: CaseIterable, Sendable {
-    case remap
     case mapAll
     case unmapAll
     case throttle
@@ -12,14 +11,12 @@ package enum Feature: CaseIterable, Sendable {
     case resize
     case rdma
     case snapshot
-    case kernelDevice
 
     /// The error that says so, with code 95.
     package var comesLater: ControlError { .comesLater(subject) }
 
     private var subject: String {
         switch self {
-        case .remap: "giving a mapped volume fresh connections (remap)"
         case .mapAll: "mapping every volume of a map.conf (map-all)"
         case .unmapAll: "unmapping every volume of a map.conf (unmap-all)"
         case .throttle: "limiting the I/O of a mapped volume (throttle)"
@@ -28,7 +25,6 @@ package enum Feature: CaseIterable, Sendable {
         case .resize: "growing a volume (resize)"
         case .rdma: "the transport rdma:// (use tcp://, or no scheme at all)"
         case .snapshot: "a snapshot, pool/volume@snapshot,"
-        case .kernelDevice: "mapping to a kernel device (add --export to serve the volume over NBD instead)"
         }
     }
 }
@@ -37,12 +33,11 @@ extension Command {
     /// What stands between this command and an answer; nil for a command that works.
     package var missingFeature: Feature? {
         switch self {
-        case .remap: .remap
         case .setThrottle: .throttle
         case .suspend: .suspend
         case .resume: .resume
         case .resize: .resize
-        case .map, .unmap, .list, .info, .version, .create, .delete, .volumes: nil
+        case .map, .unmap, .remap, .list, .info, .version, .create, .delete, .volumes: nil
         }
     }
 }

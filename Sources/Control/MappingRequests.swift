@@ -11,16 +11,19 @@ package struct MapRequest: ControlRequest {
     package var readOnly: Bool
     /// Serve it over NBD, without a kernel device.
     package var export: Bool
+    /// `/dev/nbdX`; nil for any that is free.
+    package var device: String?
 
-    package init(volume: String, config: String, readOnly: Bool, export: Bool) {
+    package init(volume: String, config: String, readOnly: Bool, export: Bool, device: String? = nil) {
         self.volume = volume
         self.config = config
         self.readOnly = readOnly
         self.export = export
+        self.device = device
     }
 
     package enum CodingKeys: String, CodingKey {
-        case volume, config, export
+        case volume, config, export, device
         case readOnly = "read_only"
     }
 }
@@ -33,10 +36,13 @@ package struct UnmapRequest: ControlRequest {
     package var volume: String
     /// Nil: with whatever configuration it was mapped. Otherwise it must be the one it was mapped with.
     package var config: String?
+    /// Also when it is in use: I/O of its users fails.
+    package var force: Bool
 
-    package init(volume: String, config: String?) {
+    package init(volume: String, config: String?, force: Bool = false) {
         self.volume = volume
         self.config = config
+        self.force = force
     }
 }
 

@@ -50,8 +50,9 @@ package enum Verb: String, CaseIterable, Sendable {
     /// What follows the word, as a usage line shows it.
     package var arguments: String {
         switch self {
-        case .map: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] [--export] [--read-only]"
-        case .unmap, .remap, .suspend, .info: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG]"
+        case .map: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] [--export] [--read-only] [--device DEVICE]"
+        case .unmap: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] [--force]"
+        case .remap, .suspend, .info: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG]"
         case .list: "[-c CONFIG]"
         case .mapAll, .unmapAll: "[-f FILE]"
         case .throttle: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] -t KEY=NUMBER[,...]"

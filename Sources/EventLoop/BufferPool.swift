@@ -193,10 +193,15 @@ private final class Region {
         for order in 0...BufferPool.topOrder {
             var block = heads[order]
             while block >= 0 {
-                madvise(base + Int(block) * BufferPool.blockSize, BufferPool.blockSize << order, MADV_DONTNEED)
+                release(base + Int(block) * BufferPool.blockSize, BufferPool.blockSize << order)
                 block = links[Int(block)].next
             }
         }
+    }
+
+    /// Memory the daemon has locked needs a flag that came with Linux 5.18; on older kernels it stays.
+    private func release(_ address: UnsafeMutableRawPointer, _ length: Int) {
+        if madvise(address, length, MADV_DONTNEED) != 0 { madvise(address, length, MADV_DONTNEED_LOCKED) }
     }
 
     private func push(_ block: Int, order: Int) {

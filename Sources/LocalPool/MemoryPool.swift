@@ -76,6 +76,8 @@ final class MemoryStore: @unchecked Sendable {
             throw BackendError(
                 code: ENOMEM, message: "no address space for \(length) bytes of \(record.volume) in memory")
         }
+        // A daemon that locks its memory could not give pieces of this back, and nothing is written to a disk from here.
+        munlock(address, length)
         // Large pages: random access would spend its time in the translation of addresses.
         madvise(address, length, MADV_HUGEPAGE)
         self.record = record

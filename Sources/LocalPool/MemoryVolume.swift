@@ -73,7 +73,10 @@ final class MemoryVolume: Backend {
         }
         clear(offset, firstWhole * grain)
         let wholeEnd = min(lastWhole * grain, end)
-        madvise(store.base + firstWhole * grain, wholeEnd - firstWhole * grain, MADV_DONTNEED)
+        let whole = store.base + firstWhole * grain
+        if madvise(whole, wholeEnd - firstWhole * grain, MADV_DONTNEED) != 0 {
+            memset(whole, 0, wholeEnd - firstWhole * grain)
+        }
         memset(store.written + firstWhole, 0, lastWhole - firstWhole)
         clear(wholeEnd, end)
     }

@@ -1,6 +1,8 @@
 import Backend
+import EventLoop
 import FoundationEssentials
 import Glibc
+import NBD
 
 /// What is known of a mapping when the daemon that made it is gone.
 package struct MappingDocument: Codable, Sendable, Equatable {
@@ -24,10 +26,14 @@ package struct MappingDocument: Codable, Sendable, Equatable {
     package var name: String { "\(pool)/\(volume)" }
 }
 
-/// The documents of all mappings, one file each, in the daemon's state folder. Blocking; on the blocking-work thread.
-struct MappingStore: Sendable {
+/// The documents of all mappings, one file each, in the daemon's state folder, which one daemon has at a time.
+/// Blocking; on the blocking-work thread.
+final class MappingStore: Sendable {
     private static let suffix = ".mapping"
     private let path: String
+    private let lock: Int32
+    /// Tells the devices of this folder from those of another daemon on the same host.
+    private let id: UInt32
 
     /// - Parameter path: the folder; it is made when missing, its parents too.
     init(path: String) throws(BackendError) {
@@ -36,11 +42,40 @@ struct MappingStore: Sendable {
         for part in path.split(separator: "/").dropLast() {
             parent += "/" + part
             if mkdir(parent, 0o755) != 0, errno != EEXIST, errno != EISDIR, errno != EROFS {
-                throw BackendError(code: errno, message: "the state folder's parent \(parent) cannot be made")
+                let code = errno
+                throw BackendError(
+                    code: code, message: "the folder \(parent) for the daemon's state cannot be made: \(errnoText(code))")
             }
         }
-        _ = try Directory(path: path)
+        let directory = try Directory(path: path)
+        lock = try directory.open("~lock", O_RDWR | O_CREAT)
+        guard flock(lock, LOCK_EX | LOCK_NB) == 0 else {
+            Glibc.close(lock)
+            throw BackendError(
+                code: EBUSY, message: "another qbdd runs with the state folder \(path); stop it, or name another folder")
+        }
+        if directory.exists("id"), let text = String(validating: try directory.read("id"), as: UTF8.self),
+            let number = UInt32(text.prefix { $0 != "\n" }, radix: 16)
+        {
+            id = number
+        } else {
+            id = .random(in: 1 ... .max)
+            try directory.write(String(id, radix: 16) + "\n", to: "~id")
+            try directory.rename("~id", to: "id")
+            try directory.synchronize()
+        }
     }
+
+    deinit { Glibc.close(lock) }
+
+    /// What a new device is to be known by.
+    func newIdentifier(_ deviceID: UInt32, _ name: String) -> DeviceIdentifier {
+        let cookie = UInt64(id) << 32 | UInt64(UInt32.random(in: 0 ... .max))
+        return DeviceIdentifier(deviceID: deviceID, volume: name, cookie: cookie)
+    }
+
+    /// Whether the device was made by a daemon with this folder.
+    func made(_ identifier: DeviceIdentifier) -> Bool { identifier.cookie >> 32 == UInt64(id) }
 
     /// `@` stands in no name, so two volumes never share a file.
     private static func file(_ pool: String, _ volume: String) -> String { "\(pool)@\(volume)\(suffix)" }

@@ -14,8 +14,12 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     let loop: EventLoop
     let logger: Logger
     private let maximumSessions: Int
-    /// Called on the loop when a session begins or ends, with how many there are.
-    private let sessionsChanged: @Sendable (Int) -> Void
+    /// The peer's name of a session with the kernel.
+    static let kernel = "kernel"
+    /// Connections of one device, old and new ones during a change among them.
+    static let maximumKernelSessions = 8
+    /// Called on the loop.
+    private let report: @Sendable (SessionEvent) -> Void
 
     // The loop's state.
     let buffers: BufferPool
@@ -36,30 +40,34 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     private var since = Int64(time(nil))
     private var stopping = false
     private var stopped: [@Sendable () -> Void] = []
+    /// The kernel's sessions are meant to end.
+    private var kernelDetached = false
+    private var kernelGone: [@Sendable () -> Void] = []
     private var quiet: LoopTimer?
     private var activity: UInt64 = 0
     private var activityAtTimer: UInt64 = 0
 
     private init(
         name: String, opened: any OpenVolume, loop: EventLoop, maximumSessions: Int, logger: Logger,
-        sessionsChanged: @escaping @Sendable (Int) -> Void
+        report: @escaping @Sendable (SessionEvent) -> Void
     ) {
         self.name = name
         self.opened = opened
         self.loop = loop
         self.maximumSessions = maximumSessions
         self.logger = logger
-        self.sessionsChanged = sessionsChanged
+        self.report = report
         let record = opened.record
         var export = Export(
             name: name, description: "qbd \(opened.protocolName) volume", size: record.size,
             readOnly: opened.readOnly, minimumBlock: record.blockSize)
         export.preferredBlock = max(4096, record.blockSize)
         self.export = export
-        buffers = BufferPool(maximumRegions: maximumSessions + 4)
+        let sessions = maximumSessions + Self.maximumKernelSessions
+        buffers = BufferPool(maximumRegions: sessions + 4)
         vectors = .allocate(capacity: Session.vectorCapacity)
-        requests = Slab(capacity: maximumSessions * Session.maximumInFlight)
-        parts = Slab(capacity: maximumSessions * Session.maximumInFlight)
+        requests = Slab(capacity: sessions * Session.maximumInFlight)
+        parts = Slab(capacity: sessions * Session.maximumInFlight)
     }
 
     deinit { vectors.deallocate() }
@@ -69,16 +77,16 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     /// Starts a loop for an open volume. On an error the open volume is still the caller's.
     /// - Parameters:
     ///   - maximumSessions: NBD connections at a time, 1...64.
-    ///   - sessionsChanged: called on the volume's loop with the number of sessions.
+    ///   - report: called on the volume's loop.
     static func start(
         name: String, opened: any OpenVolume, maximumSessions: Int, logger: Logger,
-        sessionsChanged: @escaping @Sendable (Int) -> Void
+        report: @escaping @Sendable (SessionEvent) -> Void
     ) async throws(BackendError) -> Volume {
         let loop: EventLoop
         do { loop = try EventLoop(name: "qbd:\(name)") } catch { throw BackendError(error) }
         let volume = Volume(
             name: name, opened: opened, loop: loop, maximumSessions: maximumSessions, logger: logger,
-            sessionsChanged: sessionsChanged)
+            report: report)
         let failure = await loop.call { volume.begin() }
         if let failure = failure ?? nil {
             loop.stop()
@@ -126,7 +134,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     // MARK: Sessions
 
     private func begin(descriptor: Int32, peer: String, negotiated: Negotiated, leftover: [UInt8]) {
-        guard !stopping, sessions.count < maximumSessions else {
+        guard !stopping, peer == Self.kernel || sessions.count < maximumSessions else {
             Glibc.close(descriptor)
             logger.warning(
                 "client refused: \(stopping ? "the volume is being unmapped" : "\(maximumSessions) are connected")",
@@ -140,7 +148,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
             sessions.append(session)
             try session.start(leftover: leftover)
             logger.info("client connected", metadata: ["peer": "\(peer)", "connections": "\(sessions.count)"])
-            sessionsChanged(sessions.count)
+            report(.sessions(sessions.count))
         } catch {
             sessions.removeAll { $0 === session }
             logger.warning("client refused: \(error)", metadata: ["peer": "\(peer)"])
@@ -177,7 +185,13 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
         endedSessions = []
         sessions.removeAll { session in ended.contains { $0 === session } }
         activity &+= 1
-        sessionsChanged(sessions.count)
+        let lostKernel = ended.contains { $0.peer == Self.kernel } && !kernelDetached && !stopping
+        report(.sessions(sessions.count))
+        if lostKernel { report(.kernelConnectionLost) }
+        if !sessions.contains(where: { $0.peer == Self.kernel }) {
+            for closure in kernelGone { closure() }
+            kernelGone = []
+        }
     }
 
     /// A second without a request: memory that only I/O needs goes back to the system.
@@ -185,6 +199,36 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
         guard activity == activityAtTimer else { return }
         for session in sessions { session.releaseIdleMemory() }
         buffers.trim()
+    }
+
+    // MARK: The kernel's sessions
+
+    /// Serves the kernel on connected sockets, with simple replies as it wants them. From any thread.
+    func attachKernel(_ sockets: [Int32]) {
+        let negotiated = Negotiated(export: export, structured: false, baseAllocation: false)
+        let accepted = loop.post { [self] in
+            kernelDetached = false
+            for socket in sockets {
+                begin(descriptor: socket, peer: Self.kernel, negotiated: negotiated, leftover: [])
+            }
+        }
+        if !accepted { for socket in sockets { Glibc.close(socket) } }
+    }
+
+    /// Reads no more from the kernel, answers what was read, and closes its sessions; returns when they are gone. What
+    /// was not read stays with the kernel, which sends it again on the next connections.
+    func detachKernel() async {
+        await withCheckedContinuation { continuation in
+            let accepted = loop.post { [self] in
+                kernelDetached = true
+                let kernel = sessions.filter { $0.peer == Self.kernel }
+                guard !kernel.isEmpty else { return continuation.resume() }
+                kernelGone.append { continuation.resume() }
+                for session in kernel { session.drain() }
+                loop.runAgain()
+            }
+            if !accepted { continuation.resume() }
+        }
     }
 
     // MARK: The end
@@ -272,10 +316,18 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
 
     private func loopStatus() -> VolumeLoopStatus {
         VolumeLoopStatus(
-            state: state, since: since, connections: sessions.count, counters: counters, inFlight: requests.inUse,
+            state: state, since: since, connections: sessions.count { $0.peer != Self.kernel }, counters: counters, inFlight: requests.inUse,
             readLatency: readLatency.summary(), writeLatency: writeLatency.summary(),
-            flushLatency: flushLatency.summary(), clients: sessions.map(\.peer))
+            flushLatency: flushLatency.summary(), clients: sessions.map(\.peer).filter { $0 != Self.kernel })
     }
+}
+
+/// What a volume tells its manager of its sessions.
+enum SessionEvent: Sendable {
+    /// How many there are now.
+    case sessions(Int)
+    /// A session with the kernel ended by itself.
+    case kernelConnectionLost
 }
 
 /// What only the loop knows of a volume.

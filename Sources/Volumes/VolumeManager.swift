@@ -5,13 +5,23 @@ import Logging
 import NBD
 import Synchronization
 
+/// What a mapped volume becomes.
+package enum MapTarget: Sendable, Equatable {
+    /// An NBD export, without a kernel device.
+    case export
+    /// A block device; `wanted` is `/dev/nbdX`, or nil for any that is free.
+    case device(wanted: String?)
+}
+
 /// How a volume is to be mapped.
 package struct MapOptions: Sendable {
+    package var target: MapTarget
     package var readOnly: Bool
     /// Absolute path of the configuration the pool came from.
     package var configPath: String
 
-    package init(readOnly: Bool, configPath: String) {
+    package init(target: MapTarget, readOnly: Bool, configPath: String) {
+        self.target = target
         self.readOnly = readOnly
         self.configPath = configPath
     }
@@ -28,6 +38,7 @@ package final class VolumeManager: Sendable {
         let pool: any VolumePool
         let options: MapOptions
         let volume: Volume
+        let device: AttachedDevice?
     }
 
     private struct State {
@@ -36,6 +47,7 @@ package final class VolumeManager: Sendable {
         var reserved: Set<UInt32> = []
         var listeners: [Listener] = []
         var stopping = false
+        var shutdown: Task<Void, Never>?
         /// The Unix socket was made here.
         var ownsSocket = false
     }
@@ -43,8 +55,10 @@ package final class VolumeManager: Sendable {
     private let nbdSocketPath: String
     private let tcpListen: (host: String, port: UInt16)?
     private let maximumConnections: Int
-    private let logger: Logger
-    private let blocking: BlockingThread
+    let deviceSettings: DeviceSettings
+    let logger: Logger
+    let blocking: BlockingThread
+    private let store: MappingStore?
     private let listenerLoop: EventLoop
     private let registry: ExportRegistry
     private let names = NameQueues()
@@ -53,13 +67,17 @@ package final class VolumeManager: Sendable {
     /// - Parameters:
     ///   - nbdSocketPath: the Unix socket of all exports.
     ///   - tcpListen: an address for NBD over TCP, or nil for none.
-    ///   - maximumConnections: NBD clients per volume, 1...64.
+    ///   - maximumConnections: NBD clients per volume, 1...1024.
+    ///   - statePath: the folder for what must survive the daemon; nil keeps nothing.
     package init(
-        nbdSocketPath: String, tcpListen: (host: String, port: UInt16)?, maximumConnections: Int, logger: Logger
+        nbdSocketPath: String, tcpListen: (host: String, port: UInt16)?, maximumConnections: Int,
+        deviceSettings: DeviceSettings, statePath: String?, logger: Logger
     ) throws(BackendError) {
         self.nbdSocketPath = nbdSocketPath
         self.tcpListen = tcpListen
         self.maximumConnections = maximumConnections
+        self.deviceSettings = deviceSettings
+        if let statePath { store = try MappingStore(path: statePath) } else { store = nil }
         self.logger = logger
         registry = ExportRegistry(logger: logger)
         do {
@@ -145,7 +163,22 @@ package final class VolumeManager: Sendable {
                 try checkAgreement(mapping, options, name)
                 return await describe(mapping)
             }
-            return try await open(pool, volume, options, name, sessionsChanged: { _ in })
+            if case .device = options.target { try await requireDriver(for: name) }
+            return try await open(pool, volume, options, name) { [weak self] event in
+                self?.handle(event, pool.name, volume)
+            }
+        }
+    }
+
+    /// A connection with the kernel that ends by itself leaves its device waiting for another.
+    private func handle(_ event: SessionEvent, _ pool: String, _ volume: String) {
+        guard case .kernelConnectionLost = event else { return }
+        Task {
+            do throws(BackendError) { try await remap(pool: pool, volume: volume) } catch {
+                // Unmapped meanwhile: the kernel said goodbye, and there is nothing to connect.
+                guard error.code != ENOTTY else { return }
+                logger.error("not connected again: \(error.message)", metadata: ["volume": "\(pool)/\(volume)"])
+            }
         }
     }
 
@@ -158,34 +191,213 @@ package final class VolumeManager: Sendable {
             let how = mapping.options.readOnly ? "read-only" : "writable"
             throw BackendError(code: EEXIST, message: "\(name) is mapped already, \(how); unmap it first")
         }
+        switch options.target {
+        case .export:
+            guard let device = mapping.device else { return }
+            throw BackendError(
+                code: EEXIST, message: "\(name) is mapped already, as /dev/\(device.name); unmap it first")
+        case .device(let wanted):
+            guard let device = mapping.device else {
+                throw BackendError(code: EEXIST, message: "\(name) is mapped already, as an export; unmap it first")
+            }
+            if let wanted, KernelDevice(path: wanted) != device.device {
+                throw BackendError(
+                    code: EEXIST, message: "\(name) is mapped already, as \(device.device.path); unmap it first")
+            }
+        }
     }
 
     private func open(
         _ pool: any VolumePool, _ volume: String, _ options: MapOptions, _ name: String,
-        sessionsChanged: @escaping @Sendable (Int) -> Void
+        report: @escaping @Sendable (SessionEvent) -> Void
     ) async throws(BackendError) -> MappedVolume {
         guard let deviceID = reserveDeviceID() else {
             throw BackendError(code: ESHUTDOWN, message: "\(name) is not mapped: qbdd is stopping")
         }
-        defer { state.withLock { _ = $0.reserved.remove(deviceID) } }
+        defer { unreserve(deviceID) }
+        let volume = try await serve(pool, volume, options, name, report: report)
+        var identifier: DeviceIdentifier?
+        if case .device = options.target { identifier = store?.newIdentifier(deviceID, name) }
+        do throws(BackendError) {
+            try await remember(pool, options, volume, deviceID, identifier)
+            var device: AttachedDevice?
+            if case .device(let wanted) = options.target, let identifier {
+                device = try await attachDevice(volume, identifier, wanted: wanted)
+            }
+            return await add(Mapping(
+                deviceID: deviceID, pool: pool, options: options, volume: volume, device: device))
+        } catch {
+            await end(volume)
+            await forget(volume)
+            throw error
+        }
+    }
+
+    /// Opens the volume and starts its loop.
+    private func serve(
+        _ pool: any VolumePool, _ volume: String, _ options: MapOptions, _ name: String,
+        report: @escaping @Sendable (SessionEvent) -> Void
+    ) async throws(BackendError) -> Volume {
         let opened = try await blocking.run { () throws(BackendError) in
             try pool.open(volume: volume, readOnly: options.readOnly)
         }
         var volumeLogger = logger
         volumeLogger[metadataKey: "volume"] = "\(name)"
-        do {
-            let volume = try await Volume.start(
+        do throws(BackendError) {
+            return try await Volume.start(
                 name: name, opened: opened, maximumSessions: maximumConnections, logger: volumeLogger,
-                sessionsChanged: sessionsChanged)
-            let mapping = Mapping(deviceID: deviceID, pool: pool, options: options, volume: volume)
-            state.withLock { $0.mappings[name] = mapping }
-            registry.add(volume)
-            volumeLogger.info(
-                "mapped\(options.readOnly ? " read-only" : ""), \(opened.record.size) bytes, \(opened.protocolName)")
-            return await describe(mapping)
+                report: report)
         } catch {
             await blocking.run { opened.close() }
             throw error
+        }
+    }
+
+    private func add(_ mapping: Mapping) async -> MappedVolume {
+        state.withLock { $0.mappings[mapping.volume.name] = mapping }
+        // What is a device has one user, the kernel, with a cache of its own.
+        if mapping.device == nil { registry.add(mapping.volume) }
+        let opened = mapping.volume.opened
+        mapping.volume.logger.info(
+            """
+            mapped as \(mapping.device.map { "/dev/\($0.name) (\($0.device.path))" } ?? "an export")\
+            \(mapping.options.readOnly ? ", read-only" : ""), \(opened.record.size) bytes, \(opened.protocolName)
+            """)
+        return await describe(mapping)
+    }
+
+    private func end(_ volume: Volume) async {
+        await volume.stop(grace: Self.grace)
+        await blocking.run { volume.opened.close() }
+    }
+
+    // MARK: What survives the daemon
+
+    private func remember(
+        _ pool: any VolumePool, _ options: MapOptions, _ volume: Volume, _ deviceID: UInt32,
+        _ identifier: DeviceIdentifier?
+    ) async throws(BackendError) {
+        guard let store else { return }
+        var document = MappingDocument(
+            pool: pool.name, volume: volume.opened.record.volume, volumeID: volume.opened.record.id,
+            config: options.configPath, readOnly: options.readOnly, deviceID: deviceID)
+        if case .device(let wanted) = options.target, let identifier {
+            document.device = .init(identifier: identifier.description, wanted: wanted)
+        }
+        let saved = document
+        try await blocking.run { () throws(BackendError) in try store.save(saved) }
+    }
+
+    private func forget(_ volume: Volume) async {
+        let parts = volume.name.split(separator: "/").map(String.init)
+        await forget(pool: parts[0], volume: parts[1], volume.logger)
+    }
+
+    private func forget(pool: String, volume: String, _ logger: Logger) async {
+        guard let store else { return }
+        do throws(BackendError) {
+            try await blocking.run { () throws(BackendError) in try store.remove(pool: pool, volume: volume) }
+        } catch { logger.error("the mapping stays in the state folder: \(error.message)") }
+    }
+
+    private func unreserve(_ deviceID: UInt32) { state.withLock { _ = $0.reserved.remove(deviceID) } }
+
+    /// Takes over the mappings an earlier daemon left. What cannot be taken over is logged and left as it is.
+    /// - Parameter resolve: the pool of a name in a configuration.
+    package func restore(
+        _ resolve: @Sendable (_ pool: String, _ config: String) async throws(BackendError) -> any VolumePool
+    ) async {
+        guard let store else { return }
+        do throws(BackendError) {
+            let (documents, damaged) = try await blocking.run { () throws(BackendError) in try store.load() }
+            for text in damaged { logger.error("\(text)") }
+            state.withLock { $0.reserved.formUnion(documents.map(\.deviceID)) }
+            for document in documents {
+                do throws(BackendError) { try await restore(document, resolve) } catch {
+                    logger.error(
+                        "not taken over: \(error.message)", metadata: ["volume": "\(document.name)"])
+                }
+                unreserve(document.deviceID)
+            }
+            if damaged.isEmpty { await disconnectOrphans(store, documents) }
+        } catch { logger.error("mappings are not taken over: \(error.message)") }
+    }
+
+    private func restore(
+        _ document: MappingDocument,
+        _ resolve: @Sendable (_ pool: String, _ config: String) async throws(BackendError) -> any VolumePool
+    ) async throws(BackendError) {
+        var attached: AttachedDevice?
+        var target = MapTarget.export
+        if let device = document.device {
+            guard let identifier = DeviceIdentifier(device.identifier), identifier.volume == document.name else {
+                throw BackendError(
+                    code: EINVAL,
+                    message: "its document speaks of the device '\(device.identifier)', which is not its own")
+            }
+            guard let kernel = await blocking.run({ KernelDevice.find(identifier) }) else {
+                logger.notice("its device is gone; forgotten", metadata: ["volume": "\(document.name)"])
+                await forget(pool: document.pool, volume: document.volume, logger)
+                return
+            }
+            attached = AttachedDevice(identifier: identifier, device: kernel)
+            target = .device(wanted: device.wanted)
+        }
+        let options = MapOptions(target: target, readOnly: document.readOnly, configPath: document.config)
+        let pool = try await resolve(document.pool, document.config)
+        let volume = try await serve(pool, document.volume, options, document.name) { [weak self] event in
+            self?.handle(event, document.pool, document.volume)
+        }
+        do throws(BackendError) {
+            let record = volume.opened.record
+            guard record.id == document.volumeID else {
+                throw BackendError(
+                    code: ESTALE,
+                    message: "its volume now is another one of the same name (id 0x\(String(record.id, radix: 16))"
+                        + " instead of 0x\(String(document.volumeID, radix: 16)))")
+            }
+            if let attached {
+                let size = attached.device.size
+                guard size == record.size else {
+                    throw BackendError(
+                        code: ESTALE, message: "\(attached.device.path) has \(size) bytes, the volume \(record.size)")
+                }
+                try await reconnect(attached, volume)
+            }
+        } catch {
+            await end(volume)
+            throw error
+        }
+        _ = await add(Mapping(
+            deviceID: document.deviceID, pool: pool, options: options, volume: volume, device: attached))
+    }
+
+    /// Devices this state folder made and knows nothing of any more.
+    private func disconnectOrphans(_ store: MappingStore, _ documents: [MappingDocument]) async {
+        let known = Set(documents.compactMap { $0.device?.identifier })
+        await blocking.run { [logger] in
+            for (device, identifier) in KernelDevice.ours()
+            where store.made(identifier) && !known.contains(identifier.description) {
+                logger.warning(
+                    "\(device.path) belongs to no mapping; disconnected", metadata: ["volume": "\(identifier.volume)"])
+                do throws(KernelDeviceError) {
+                    try KernelDevices().disconnect(index: device.index, identifier: identifier.description)
+                } catch { logger.error("\(error.message)") }
+                for remark in DeviceNames().remove(device, identifier) { logger.warning("\(remark)") }
+            }
+        }
+    }
+
+    /// Gives a device fresh connections: what was read from the old ones is answered there, the rest the kernel sends
+    /// again on the new ones.
+    package func remap(pool: String, volume: String) async throws(BackendError) {
+        let name = "\(pool)/\(volume)"
+        try await names.run(name) { [self] () throws(BackendError) in
+            guard let mapping = mapping(name) else { throw notMapped(name) }
+            guard let device = mapping.device else { return }
+            await mapping.volume.detachKernel()
+            try await reconnect(device, mapping.volume)
+            mapping.volume.logger.info("remapped: the device has fresh connections")
         }
     }
 
@@ -212,16 +424,19 @@ package final class VolumeManager: Sendable {
                     message: "\(name) is in use by \(clients.count) NBD client\(clients.count == 1 ? "" : "s") "
                         + "(\(clients.prefix(4).joined(separator: ", "))); disconnect them first")
             }
+            if let device = mapping.device {
+                try await detachDevice(device, force: force, logger: mapping.volume.logger)
+            }
             await close(mapping, name)
+            await forget(mapping.volume)
+            mapping.volume.logger.info("unmapped")
         }
     }
 
     private func close(_ mapping: Mapping, _ name: String) async {
         registry.remove(name)
-        await mapping.volume.stop(grace: Self.grace)
-        await blocking.run { mapping.volume.opened.close() }
+        await end(mapping.volume)
         state.withLock { $0.mappings[name] = nil }
-        logger.info("unmapped", metadata: ["volume": "\(name)"])
     }
 
     private func notMapped(_ name: String) -> BackendError {
@@ -258,7 +473,8 @@ package final class VolumeManager: Sendable {
 
     private func describe(_ mapping: Mapping, _ status: VolumeLoopStatus?) -> MappedVolume {
         MappedVolume(
-            deviceID: mapping.deviceID, pool: mapping.pool.name, record: mapping.volume.opened.record, device: nil,
+            deviceID: mapping.deviceID, pool: mapping.pool.name, record: mapping.volume.opened.record,
+            device: mapping.device?.name,
             configPath: mapping.options.configPath, readOnly: mapping.options.readOnly,
             protocolName: mapping.volume.opened.protocolName,
             uri: "nbd+unix:///\(mapping.volume.name)?socket=\(nbdSocketPath)", state: status?.state ?? .normal,
@@ -273,8 +489,8 @@ package final class VolumeManager: Sendable {
     ) async throws(BackendError) {
         let name = "\(pool.name)/\(volume)"
         let (gone, continuation) = AsyncStream.makeStream(of: Void.self)
-        _ = try await open(pool, volume, options, name) { count in
-            if count == 0 { continuation.yield() }
+        _ = try await open(pool, volume, options, name) { event in
+            if case .sessions(0) = event { continuation.yield() }
         }
         registry.setDefault(name)
         let flags = fcntl(listenDescriptor, F_GETFL)
@@ -292,8 +508,20 @@ package final class VolumeManager: Sendable {
 
     // MARK: The end
 
-    /// Takes no more clients, finishes what is in flight, and closes everything.
+    /// Takes no more clients, finishes what is in flight, and closes everything. Devices stay, and their I/O waits for
+    /// the next daemon; exports come back with it.
+    ///
+    /// Also when it was called before: returns when everything is closed.
     package func shutdown() async {
+        let task = state.withLock { state in
+            let task = state.shutdown ?? Task { [self] in await close() }
+            state.shutdown = task
+            return task
+        }
+        await task.value
+    }
+
+    private func close() async {
         let (mappings, listeners, ownsSocket) = state.withLock { state in
             state.stopping = true
             defer { state.listeners = [] }

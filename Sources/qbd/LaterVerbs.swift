@@ -3,23 +3,6 @@ import Control
 
 // Verbs whose usage is documented and whose work a later version does. They check all they are given, then say so.
 
-struct Remap: VerbCommand {
-    static let configuration = CommandConfiguration(
-        commandName: Verb.remap.word, abstract: "Give a mapped volume fresh connections (a later version).",
-        usage: Verb.remap.usageText)
-
-    @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"))
-    var volume: String
-    @OptionGroup var config: ConfigOption
-    @OptionGroup var common: CommonOptions
-
-    func perform() async throws {
-        _ = try Name.volume(volume, for: .remap)
-        let config = try config.explicitPath(for: .remap)
-        _ = try await common.ask(RemapRequest(volume: volume, config: config))
-    }
-}
-
 struct MapAll: VerbCommand {
     static let configuration = CommandConfiguration(
         commandName: Verb.mapAll.word, abstract: "Map every volume of a map.conf, in its order (a later version).",

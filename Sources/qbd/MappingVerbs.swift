@@ -7,7 +7,8 @@ struct Map: VerbCommand {
         commandName: Verb.map.word, abstract: "Map a volume.",
         usage: Verb.map.usageText,
         discussion: """
-            With --export the volume is served over NBD, without a kernel device, and the URI to reach it is printed. \
+            The volume becomes the block device /dev/qbdN, which is printed, with the link /dev/qbd/pool/volume. With \
+            --export it is served over NBD instead, without a kernel device, and the URI to reach it is printed. \
             Mapping what is mapped already in the same way changes nothing and is a success.
             """)
 
@@ -18,20 +19,26 @@ struct Map: VerbCommand {
     var export = false
     @Flag(help: "Refuse writes.")
     var readOnly = false
+    @Option(help: ArgumentHelp("The kernel device to use instead of any that is free.", valueName: "/dev/nbdX"))
+    var device: String?
     @OptionGroup var common: CommonOptions
 
     func perform() async throws {
-        let name = try Name.volume(volume, for: .map)
+        _ = try Name.volume(volume, for: .map)
         let config = try config.path(for: .map)
-        guard export else { throw Failure(.map, KernelDriver.refusal(for: name)) }
+        guard !export || device == nil else {
+            throw UsageError("--export makes no device, so --device does not go with it", verb: .map)
+        }
         let mapping = try await common.ask(
-            MapRequest(volume: volume, config: config, readOnly: readOnly, export: true))
+            MapRequest(volume: volume, config: config, readOnly: readOnly, export: export, device: device))
         if common.verbose {
             Output.complain(
                 "mapped \(mapping.volume) id=\(mapping.volumeID) size=\(mapping.size) block_size=\(mapping.blockSize)"
                     + " protocol=\(mapping.transport) read_only=\(mapping.readOnly) config=\(mapping.config)")
         }
-        try Output.answer(.map, mapping, asJSON: common.json) { $0.uri + "\n" }
+        try Output.answer(.map, mapping, asJSON: common.json) { [export] mapping in
+            export ? mapping.uri + "\n" : "/dev/\(mapping.device)\n"
+        }
     }
 }
 
@@ -44,14 +51,35 @@ struct Unmap: VerbCommand {
     @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"))
     var volume: String
     @OptionGroup var config: ConfigOption
+    @Flag(help: "Also when it is in use: its users' I/O fails, and what they did not flush is lost.")
+    var force = false
     @OptionGroup var common: CommonOptions
 
     func perform() async throws {
         let name = try Name.volume(volume, for: .unmap)
         let config = try config.explicitPath(for: .unmap)
-        let done = try await common.ask(UnmapRequest(volume: volume, config: config))
+        let done = try await common.ask(UnmapRequest(volume: volume, config: config, force: force))
         if common.verbose { Output.complain("unmapped \(name)") }
         try Output.answer(.unmap, done, asJSON: common.json) { _ in "" }
+    }
+}
+
+struct Remap: VerbCommand {
+    static let configuration = CommandConfiguration(
+        commandName: Verb.remap.word, abstract: "Give a mapped volume fresh connections.",
+        usage: Verb.remap.usageText)
+
+    @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"))
+    var volume: String
+    @OptionGroup var config: ConfigOption
+    @OptionGroup var common: CommonOptions
+
+    func perform() async throws {
+        let name = try Name.volume(volume, for: .remap)
+        let config = try config.explicitPath(for: .remap)
+        let done = try await common.ask(RemapRequest(volume: volume, config: config))
+        if common.verbose { Output.complain("remapped \(name)") }
+        try Output.answer(.remap, done, asJSON: common.json) { _ in "" }
     }
 }
 

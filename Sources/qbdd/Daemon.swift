@@ -7,8 +7,7 @@ import Volumes
 
 /// The daemon's life, from its first socket to its last.
 enum Daemon {
-    static func run(_ options: Options, _ logger: Logger) async throws(ControlError) {
-        let signals = try Signals()
+    static func run(_ options: Options, _ signals: Signals, _ logger: Logger) async throws(ControlError) {
         raiseDescriptorLimit(logger)
         let pools = PoolDirectory(defaultPath: options.isConfigNamed ? nil : options.configPath, logger: logger)
         let configuration = try await pools.configuration(options.configPath)
@@ -16,6 +15,11 @@ enum Daemon {
         // The control socket's path is taken first and opened last: who is answered there finds everything running.
         let path = try ControlPath.reserve(options.socketPath)
         let manager = try await makeManager(options, configuration, logger)
+        await manager.restore { (pool, config) throws(BackendError) in
+            do throws(ControlError) { return try await pools.pool(pool, config) } catch {
+                throw BackendError(code: error.code, message: error.message)
+            }
+        }
         let server: ControlServer
         do throws(ControlError) {
             server = try await ControlServer(
@@ -43,7 +47,8 @@ enum Daemon {
             let manager = try VolumeManager(
                 nbdSocketPath: options.nbdSocketPath,
                 tcpListen: configuration.nbd.listen.map { (host: $0.host, port: $0.port) },
-                maximumConnections: configuration.nbd.maxConnections, logger: logger)
+                maximumConnections: configuration.nbd.maxConnections,
+                deviceSettings: DeviceSettings(configuration.nbd), statePath: options.statePath, logger: logger)
             do throws(BackendError) {
                 try await manager.start()
             } catch {

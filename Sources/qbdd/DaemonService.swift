@@ -14,13 +14,14 @@ struct DaemonService: ControlService {
     func map(_ request: MapRequest) async throws(ControlError) -> MapRequest.Answer {
         let name = try VolumeName.reachable(request.volume)
         let config = try ConfigPath.validate(request.config)
-        guard request.export else { throw Feature.kernelDevice.comesLater }
         let pool = try await pools.pool(name.pool, config)
         do throws(BackendError) {
             return MappingRecord(
                 try await manager.map(
                     pool, volume: name.volume,
-                    options: MapOptions(readOnly: request.readOnly, configPath: config)))
+                    options: MapOptions(
+                        target: request.export ? .export : .device(wanted: request.device),
+                        readOnly: request.readOnly, configPath: config)))
         } catch {
             throw failed("map", name, error)
         }
@@ -30,9 +31,20 @@ struct DaemonService: ControlService {
         let name = try VolumeName.reachable(request.volume)
         try checkConfig(request.config, of: name)
         do throws(BackendError) {
-            try await manager.unmap(pool: name.pool, volume: name.volume, force: false)
+            try await manager.unmap(pool: name.pool, volume: name.volume, force: request.force)
         } catch {
             throw failed("unmap", name, error)
+        }
+        return Done()
+    }
+
+    func remap(_ request: RemapRequest) async throws(ControlError) -> RemapRequest.Answer {
+        let name = try VolumeName.reachable(request.volume)
+        try checkConfig(request.config, of: name)
+        do throws(BackendError) {
+            try await manager.remap(pool: name.pool, volume: name.volume)
+        } catch {
+            throw failed("remap", name, error)
         }
         return Done()
     }

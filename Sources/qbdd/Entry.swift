@@ -2,31 +2,49 @@ import ArgumentParser
 import Control
 import Glibc
 import Logging
+import NBD
 
 /// The daemon: reads its options, then runs until it is told to stop, or until its one client has gone.
 @main
 enum Entry {
-    static func main() async {
-        // Before any other thread exists: all of them inherit that these signals are not theirs.
-        Signals.block()
+    static func main() {
+        let signals = Signals()
         let options: Options
         do {
-            guard let parsed = try Options.parseAsRoot() as? Options else { return }
-            options = parsed
+            var parsed = try Options.parseAsRoot()
+            // The parser's own command for help throws the text.
+            guard let given = parsed as? Options else { return try parsed.run() }
+            options = given
             try options.validatePaths()
         } catch {
             exit(complain(error))
         }
         let log = StandardErrorLog(level: options.logLevel)
         LoggingSystem.bootstrap { _ in log }
+        // Before any other thread: they take over what the first one has.
+        if options.serve == nil {
+            for warning in MemoryPressure.prepare() { Logger(label: "qbdd").warning("\(warning)") }
+        }
+        Task.detached {
+            exit(await run(options, signals))
+        }
+        signals.take()
+    }
+
+    /// - Returns: the exit status.
+    private static func run(_ options: Options, _ signals: Signals) async -> Int32 {
         let logger = Logger(label: "qbdd")
         do throws(ControlError) {
-            try await options.serve == nil ? Daemon.run(options, logger) : SingleServer.run(options, logger)
+            if options.serve == nil {
+                try await Daemon.run(options, signals, logger)
+            } else {
+                try await SingleServer.run(options, signals, logger)
+            }
+            return 0
         } catch {
             logger.error("\(error.message)")
-            exit((1..<126).contains(error.code) ? error.code : 1)
+            return (1..<126).contains(error.code) ? error.code : 1
         }
-        exit(0)
     }
 
     /// - Returns: the exit status; 0 when help or the version was asked for.

@@ -33,7 +33,7 @@ struct Options: ParsableCommand {
 
     @Option(
         help: ArgumentHelp(
-            "The folder for what survives the daemon; else QBD_STATE, else \(Self.defaultState). Not used yet.",
+            "The folder for what survives the daemon; else QBD_STATE, else \(Self.defaultState).",
             valueName: "path"))
     var state: String?
 
@@ -73,6 +73,7 @@ struct Options: ParsableCommand {
 extension Options {
     var socketPath: String { Self.absolute(socket ?? Self.variable("QBD_SOCKET") ?? ControlClient.defaultSocketPath) }
     var nbdSocketPath: String { Self.absolute(nbdSocket ?? Self.variable("QBD_NBD_SOCKET") ?? Self.defaultNBDSocket) }
+    var statePath: String { Self.absolute(state ?? Self.variable("QBD_STATE") ?? Self.defaultState) }
     var configPath: String { Self.absolute(namedConfig ?? DaemonConfiguration.defaultPath) }
 
     /// Whether somebody named the configuration; then it must be there.

@@ -4,6 +4,7 @@ import Control
 import Glibc
 import LocalPool
 import Logging
+import Volumes
 
 /// Which pool a request means: a configuration's path and a pool's name lead to one object, as long as the daemon lives.
 ///
@@ -47,6 +48,13 @@ actor PoolDirectory {
         } catch {
             files[path] = nil
             throw ControlError(error)
+        }
+    }
+
+    /// The NBD server's section of the configuration at this path, in the manager's terms of errors.
+    func nbd(_ path: String) throws(BackendError) -> DaemonConfiguration.NBD {
+        do throws(ControlError) { return try configuration(path).nbd } catch {
+            throw BackendError(code: error.code, message: error.message)
         }
     }
 
@@ -102,5 +110,11 @@ private struct FileVersion: Equatable {
         size = Int64(status.st_size)
         seconds = status.st_mtim.tv_sec
         nanoseconds = status.st_mtim.tv_nsec
+    }
+}
+
+extension DeviceSettings {
+    init(_ nbd: DaemonConfiguration.NBD) {
+        self.init(connections: nbd.connections, reattachTimeout: UInt64(nbd.reattachTimeout.components.seconds))
     }
 }

@@ -1,13 +1,12 @@
-import Control
-import EventLoop
 import Glibc
 
-/// The signals that tell the daemon to stop, taken by a thread of their own.
+/// The signals that tell the daemon to stop. The main thread takes them and does nothing else.
 ///
 /// The first one is an answer to `first`; the second ends the process at once. SIGHUP does nothing: configurations are
 /// read again by themselves when they change.
 struct Signals: Sendable {
     private let stream: AsyncStream<String>
+    private let continuation: AsyncStream<String>.Continuation
 
     private static let names = [SIGTERM: "SIGTERM", SIGINT: "SIGINT", SIGHUP: "SIGHUP"]
 
@@ -18,36 +17,30 @@ struct Signals: Sendable {
         return set
     }
 
-    /// Call while there is one thread: the others inherit it.
-    static func block() {
-        var set = set
+    /// Blocks the signals in this thread and in those it starts. Make it while there is no other.
+    init() {
+        (stream, continuation) = AsyncStream.makeStream(of: String.self)
+        var set = Self.set
         pthread_sigmask(SIG_BLOCK, &set, nil)
         // A client that goes away is an error of its write, not the daemon's end.
         signal(SIGPIPE, SIG_IGN)
     }
 
-    init() throws(ControlError) {
-        let (stream, continuation) = AsyncStream.makeStream(of: String.self)
-        self.stream = stream
-        do throws(SystemError) {
-            // The thread waits as long as the process lives.
-            _ = try Thread(name: "qbd:signals") {
-                var isSecond = false
-                while true {
-                    var set = Self.set
-                    var number: CInt = 0
-                    guard sigwait(&set, &number) == 0, number != SIGHUP else { continue }
-                    if isSecond { _exit(128 + number) }
-                    isSecond = true
-                    continuation.yield(Self.names[number] ?? "signal \(number)")
-                }
-            }
-        } catch {
-            throw ControlError(error.code, error.description)
+    /// Takes signals until the process ends. On the main thread, and not in a task: what runs tasks there would let the
+    /// signals through.
+    func take() -> Never {
+        var isSecond = false
+        while true {
+            var set = Self.set
+            var number: CInt = 0
+            guard sigwait(&set, &number) == 0, number != SIGHUP else { continue }
+            if isSecond { _exit(128 + number) }
+            isSecond = true
+            continuation.yield(Self.names[number] ?? "signal \(number)")
         }
     }
 
-    /// Waits for the signal to stop; its name.
+    /// Waits for the signal to stop; its name. Call it once.
     func first() async -> String {
         for await name in stream { return name }
         return "nothing"

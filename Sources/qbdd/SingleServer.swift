@@ -8,16 +8,16 @@ import Volumes
 
 /// `--serve`: one volume on a socket that another process made, for clients that start their server themselves.
 enum SingleServer {
-    static func run(_ options: Options, _ logger: Logger) async throws(ControlError) {
+    static func run(_ options: Options, _ signals: Signals, _ logger: Logger) async throws(ControlError) {
         let name = try VolumeName.reachable(options.serve ?? "")
         let descriptor = try inheritedSocket()
-        let signals = try Signals()
         let pools = PoolDirectory(defaultPath: options.isConfigNamed ? nil : options.configPath, logger: logger)
         let pool = try await pools.pool(name.pool, options.configPath)
         do throws(BackendError) {
             let manager = try VolumeManager(
                 nbdSocketPath: options.nbdSocketPath, tcpListen: nil,
-                maximumConnections: try await maximumConnections(pools, options), logger: logger)
+                maximumConnections: try await pools.nbd(options.configPath).maxConnections,
+                deviceSettings: DeviceSettings(connections: 1, reattachTimeout: 0), statePath: nil, logger: logger)
             let stopper = Task {
                 let signal = await signals.first()
                 logger.info("\(signal) came, stopping")
@@ -25,21 +25,11 @@ enum SingleServer {
             }
             try await manager.serve(
                 pool, volume: name.volume,
-                options: MapOptions(readOnly: options.readOnly, configPath: options.configPath),
+                options: MapOptions(target: .export, readOnly: options.readOnly, configPath: options.configPath),
                 listenDescriptor: descriptor)
             stopper.cancel()
         } catch {
             throw ControlError(error)
-        }
-    }
-
-    private static func maximumConnections(
-        _ pools: PoolDirectory, _ options: Options
-    ) async throws(BackendError) -> Int {
-        do throws(ControlError) {
-            return try await pools.configuration(options.configPath).nbd.maxConnections
-        } catch {
-            throw BackendError(code: error.code, message: error.message)
         }
     }
 
