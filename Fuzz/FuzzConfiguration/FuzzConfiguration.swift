@@ -24,7 +24,8 @@ private func checkFile(_ bytes: [UInt8]) {
         for (name, pool) in configuration.pools {
             require(name == pool.name && isAllowed(name))
             if case .local(let path) = pool.kind {
-                require(path.hasPrefix("/") && !path.utf8.contains(0))
+                // By bytes, as the kernel reads it: a slash with an accent is one character to Swift.
+                require(path.utf8.first == UInt8(ascii: "/") && !path.utf8.contains(0))
             }
         }
     } catch {
