@@ -10,6 +10,7 @@
 #include <fcntl.h>
 #include <liburing.h>
 #include <linux/fs.h>
+#include <linux/netlink.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdint.h>
@@ -18,6 +19,7 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/file.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
@@ -25,6 +27,7 @@
 #include <sys/stat.h>
 #include <sys/statfs.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <sys/uio.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -63,3 +66,16 @@ static inline struct io_uring_cqe *qbd_ring_peek(struct io_uring *ring) {
     return io_uring_peek_cqe(ring, &cqe) == 0 ? cqe : NULL;
 }
 static inline void qbd_ring_seen(struct io_uring *ring, struct io_uring_cqe *cqe) { io_uring_cqe_seen(ring, cqe); }
+
+// ioctl(2) is variadic, and its numbers are function-like macros.
+static inline int qbd_blkrrpart(int fd) { return ioctl(fd, BLKRRPART); }
+static inline int qbd_blkflsbuf(int fd) { return ioctl(fd, BLKFLSBUF, 0); }
+static inline int qbd_blkroset(int fd, int read_only) { return ioctl(fd, BLKROSET, &read_only); }
+
+// prctl(2) is variadic.
+static inline int qbd_set_io_flusher(void) { return prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0); }
+
+// major(3), minor(3) and makedev(3) are function-like macros.
+static inline uint32_t qbd_major(dev_t device) { return major(device); }
+static inline uint32_t qbd_minor(dev_t device) { return minor(device); }
+static inline dev_t qbd_makedev(uint32_t major, uint32_t minor) { return makedev(major, minor); }

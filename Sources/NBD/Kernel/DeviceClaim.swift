@@ -1,0 +1,29 @@
+import CLinux
+import EventLoop
+import Glibc
+
+/// A device opened in a way that keeps others from mounting it, from using it as swap and from building a device on
+/// it, as long as the claim lives. All calls may block: never on a loop.
+package struct DeviceClaim: ~Copyable {
+    private let descriptor: Int32
+    private let path: String
+
+    /// EBUSY when it or one of its partitions is mounted, swapped to or held. Being open in a process is no hindrance.
+    ///
+    /// Only for a connected device: opening another would keep it busy for the driver.
+    package init(_ device: KernelDevice) throws(SystemError) {
+        path = device.path
+        descriptor = try retrying("claim \(device.path)") {
+            // Read-only: closing a device that was open for writing makes udev look at it again.
+            qbd_open(device.root + device.path, O_RDONLY | O_EXCL | O_CLOEXEC, 0)
+        }
+    }
+
+    deinit { close(descriptor) }
+
+    /// Writes back what the kernel's cache holds for the device, and forgets it.
+    package func flush() throws(SystemError) {
+        try retrying("fsync \(path)") { fsync(descriptor) }
+        try retrying("drop the cache of \(path)") { qbd_blkflsbuf(descriptor) }
+    }
+}

@@ -1,0 +1,179 @@
+import CLinux
+import EventLoop
+import Glibc
+
+/// The names a device is known by: `/dev/qbdN` with its partitions `/dev/qbdNpM`, and `/dev/qbd/pool/volume`. All of them
+/// are symbolic links to the kernel's own nodes. All calls may block: never on a loop.
+///
+/// The daemon makes and removes them itself, everywhere. Where udev runs, its rules (60-qbd.rules) say the same links, so
+/// that systemd knows of them, and keep them when udev looks at the device again; then this waits until udev has handled
+/// a change before it looks at the links, so that udev does not undo what was just done.
+package struct DeviceNames: Sendable {
+    private let root: String
+    private let udev: Udev
+    /// Seconds udev gets to handle an event.
+    private let udevTimeout: Double
+
+    package init(root: String = "", udevTimeout: Double = 10) {
+        self.root = root
+        self.udevTimeout = udevTimeout
+        udev = Udev(root: root)
+    }
+
+    /// A link and what it says, both below /dev.
+    struct Link: Equatable {
+        var path: String
+        var target: String
+    }
+
+    static func links(_ device: KernelDevice, _ identifier: DeviceIdentifier) -> [Link] {
+        let disk = "qbd\(identifier.deviceID)"
+        let partitions = device.partitions.map { name in
+            Link(path: "\(disk)p\(name.dropFirst(device.name.utf8.count + 1))", target: name)
+        }
+        return [
+            Link(path: disk, target: device.name),
+            Link(path: "qbd/\(identifier.volume)", target: "../../\(device.name)"),
+        ] + partitions
+    }
+
+    /// The paths under which users know the device.
+    package static func paths(_ device: KernelDevice, _ identifier: DeviceIdentifier) -> [String] {
+        links(device, identifier).map { "/dev/\($0.path)" }
+    }
+
+    /// Makes the names of a device that is connected and whose partitions were scanned. Replaces links of ours that are
+    /// left from before.
+    /// - Returns: one line for each thing that is not as it should be, though the names are there.
+    package func make(_ device: KernelDevice, _ identifier: DeviceIdentifier) throws(SystemError) -> [String] {
+        var remarks: [String] = []
+        let links = Self.links(device, identifier)
+        if udev.knowsOurRules {
+            let disk = links.filter { !$0.path.hasPrefix("qbd\(identifier.deviceID)p") }.map(\.path)
+            let done = Deadline(seconds: udevTimeout).poll { disk.allSatisfy(udev.links(of: device).contains) }
+            if !done { remarks.append("udev did not name \(device.path) within \(Int(udevTimeout)) s") }
+        }
+        for (name, number) in device.numbers { try makeNode(name, number) }
+        for link in links { try make(link) }
+        for stale in partitionLinks(of: identifier) where !links.contains(where: { $0.path == stale }) { remove(stale) }
+        return remarks
+    }
+
+    /// Removes the names of a device, connected or not any more. What does not point to it stays.
+    /// - Returns: one line for each thing that is not as it should be, though the names are gone.
+    package func remove(_ device: KernelDevice, _ identifier: DeviceIdentifier) -> [String] {
+        var remarks: [String] = []
+        // An event that udev still has to handle may bring the links back; the last one, of the disconnect, does not.
+        if udev.knowsOurRules, !device.isConnected {
+            let done = Deadline(seconds: udevTimeout).poll { udev.links(of: device).isEmpty }
+            if !done { remarks.append("udev did not forget \(device.path) within \(Int(udevTimeout)) s") }
+        }
+        let names = ["qbd\(identifier.deviceID)", "qbd/\(identifier.volume)"] + partitionLinks(of: identifier)
+        for name in names where Self.node(of: TextFile.link(path(name)))?.disk == device.name { remove(name) }
+        return remarks
+    }
+
+    private func path(_ name: String) -> String { "\(root)/dev/\(name)" }
+
+    /// What is there of `qbdNpM`.
+    private func partitionLinks(of identifier: DeviceIdentifier) -> [String] {
+        let prefix = "qbd\(identifier.deviceID)p"
+        return TextFile.list("\(root)/dev").filter { name in
+            name.hasPrefix(prefix) && UInt32(name.dropFirst(prefix.utf8.count)) != nil
+                && Self.node(of: TextFile.link(path(name))) != nil
+        }
+    }
+
+    /// The node that a link as we make them leads to, and its disk; nil for any other link, which is not ours.
+    static func node(of target: String?) -> (node: String, disk: String)? {
+        guard var name = target?[...] else { return nil }
+        if name.hasPrefix("../../") { name = name.dropFirst(6) }
+        let number = name.dropFirst(3).prefix { $0.isASCII && $0.isNumber }
+        let rest = name.dropFirst(3 + number.count)
+        guard name.hasPrefix("nbd"), !number.isEmpty,
+            rest.isEmpty || (rest.hasPrefix("p") && UInt32(rest.dropFirst()) != nil)
+        else { return nil }
+        return (String(name), "nbd\(number)")
+    }
+
+    // MARK: Links
+
+    private func make(_ link: Link) throws(SystemError) {
+        let path = path(link.path)
+        var status = stat()
+        if lstat(path, &status) == 0 {
+            let target = TextFile.link(path)
+            if target == link.target { return }
+            guard Self.node(of: target) != nil else {
+                throw SystemError(code: EEXIST, operation: "make the link \(path) (what is there is not ours)")
+            }
+        }
+        let temporary = "\(path).qbd~"
+        // Another's rmdir of an empty folder may come between making it and using it.
+        for attempt in 1... {
+            try makeFolders(link.path)
+            unlink(temporary)
+            if symlink(link.target, temporary) == 0 { break }
+            guard errno == ENOENT, attempt < 100 else {
+                throw SystemError(code: errno, operation: "make the link \(path)")
+            }
+        }
+        try retrying("make the link \(path)") { rename(temporary, path) }
+    }
+
+    private func makeFolders(_ name: String) throws(SystemError) {
+        var folder = "\(root)/dev"
+        for part in name.split(separator: "/").dropLast() {
+            folder += "/\(part)"
+            if mkdir(folder, 0o755) != 0, errno != EEXIST {
+                throw SystemError(code: errno, operation: "make folder \(folder)")
+            }
+        }
+    }
+
+    /// Removes a link, and its folders up to /dev when they are empty.
+    private func remove(_ name: String) {
+        unlink(path(name))
+        var parts = name.split(separator: "/").dropLast()
+        while !parts.isEmpty, rmdir(path(parts.joined(separator: "/"))) == 0 { parts = parts.dropLast() }
+    }
+
+    // MARK: Nodes
+
+    /// Makes the kernel's own node where nobody else does: a container's /dev is often a folder like any other.
+    private func makeNode(_ name: String, _ number: String) throws(SystemError) {
+        let parts = number.split(separator: ":").compactMap { UInt32($0) }
+        guard parts.count == 2 else { return }
+        var status = stat()
+        let path = path(name)
+        if lstat(path, &status) == 0 { return }
+        if mknod(path, S_IFBLK | 0o660, qbd_makedev(parts[0], parts[1])) == 0 || errno == EEXIST { return }
+        throw SystemError(code: errno, operation: "make the device node \(path)")
+    }
+}
+
+/// What can be seen of udev from outside.
+struct Udev: Sendable {
+    private static let ruleFolders = [
+        "/etc/udev/rules.d", "/run/udev/rules.d", "/usr/local/lib/udev/rules.d", "/usr/lib/udev/rules.d",
+        "/lib/udev/rules.d",
+    ]
+    static let rules = "60-qbd.rules"
+
+    let root: String
+
+    /// Whether udev runs and has our rules.
+    var knowsOurRules: Bool {
+        TextFile.exists("\(root)/run/udev/control")
+            && Self.ruleFolders.contains { TextFile.exists("\(root)\($0)/\(Self.rules)") }
+    }
+
+    /// The links, below /dev, that udev keeps by our rules for a disk: those of the last event it has handled. Its
+    /// database says them as lines `S:name` of the file bMAJOR:MINOR.
+    func links(of device: KernelDevice) -> [String] {
+        guard let number = TextFile.readLine("\(device.folder)/dev"),
+            let text = TextFile.read("\(root)/run/udev/data/b\(number)")
+        else { return [] }
+        return text.split(separator: "\n").filter { $0.hasPrefix("S:qbd") }.map { String($0.dropFirst(2)) }
+    }
+}

@@ -1,0 +1,130 @@
+import Glibc
+import NBD
+import Testing
+
+@Suite struct KernelDeviceTests {
+    let identifier = DeviceIdentifier(deviceID: 0, volume: "rbd/disk", cookie: 1)
+
+    @Test func sysfsTellsAboutAConnectedDevice() throws {
+        let root = try FakeRoot()
+        root.device(3, backend: identifier.description, sectors: 2048, partitions: [1, 2, 10])
+        root.write("/sys/block/nbd3/inflight", "       2        5\n")
+        root.folder("/sys/block/nbd3/nbd3p2/holders/dm-4")
+        root.folder("/sys/block/nbd3/mq/0")
+        root.folder("/sys/block/nbd3/mq/1")
+        let device = KernelDevice(index: 3, root: root.path)
+        #expect(device.exists && device.isConnected && !device.isReadOnly)
+        #expect(device.size == 1 << 20)
+        #expect(device.identifier == identifier)
+        #expect(device.inFlight.reads == 2 && device.inFlight.writes == 5)
+        #expect(device.partitions == ["nbd3p1", "nbd3p2", "nbd3p10"])
+        #expect(device.holders == ["dm-4"])
+        #expect(device.queues == 2)
+        #expect(!device.isFree)
+    }
+
+    @Test func aDeviceThatIsNotThereIsNothing() throws {
+        let root = try FakeRoot()
+        let device = KernelDevice(index: 0, root: root.path)
+        #expect(!device.exists && !device.isConnected && device.size == 0 && device.backend == nil)
+        #expect(device.partitions == [] && device.holders == [])
+    }
+
+    @Test func nonsenseInSysfsIsNotBelieved() throws {
+        let root = try FakeRoot()
+        root.device(0, backend: "", sectors: .max)
+        root.write("/sys/block/nbd0/inflight", "x\n")
+        let device = KernelDevice(index: 0, root: root.path)
+        #expect(device.size == 0)
+        #expect(device.backend == nil)
+        #expect(device.inFlight.reads == 0)
+    }
+
+    @Test func devicesAreFoundByWhatTheyCarryAndNeverByTheirNumber() throws {
+        let root = try FakeRoot()
+        root.device(0, backend: "somebody else's")
+        root.device(1)
+        root.device(10, backend: identifier.description)
+        root.device(2, backend: "qbd:1:rbd/other:0000000000000002")
+        root.folder("/sys/block/nbdx")
+        root.folder("/sys/block/sda")
+        #expect(KernelDevice.all(root: root.path).map(\.index) == [0, 1, 2, 10])
+        #expect(KernelDevice.find(identifier, root: root.path)?.index == 10)
+        let sameNameAnotherLife = DeviceIdentifier(deviceID: 0, volume: "rbd/disk", cookie: 2)
+        #expect(KernelDevice.find(sameNameAnotherLife, root: root.path) == nil)
+        let ours = KernelDevice.ours(root: root.path)
+        #expect(ours.map(\.device.index) == [2, 10])
+        #expect(ours.map(\.identifier.volume) == ["rbd/other", "rbd/disk"])
+    }
+
+    @Test func aDeviceIsFreeWhenTheDriverHasLetGo() throws {
+        let root = try FakeRoot()
+        root.device(0, backend: identifier.description)
+        let device = KernelDevice(index: 0, root: root.path)
+        #expect(!device.waitUntilFree(0.02))
+        root.disconnect(0)
+        root.write("/sys/block/nbd0/inflight", "0 1\n")
+        #expect(!device.waitUntilFree(0))
+        root.write("/sys/block/nbd0/inflight", "0 0\n")
+        root.folder("/sys/block/nbd0/holders/md127")
+        #expect(!device.waitUntilFree(0))
+        root.delete("/sys/block/nbd0/holders/md127")
+        #expect(device.waitUntilFree(0))
+    }
+
+    @Test func aPathLeadsToItsDevice() throws {
+        let root = try FakeRoot()
+        root.device(7, partitions: [1])
+        root.link("/dev/qbd0", "nbd7")
+        root.link("/dev/qbd/rbd/disk", "../../nbd7")
+        root.link("/dev/qbd0p1", "nbd7p1")
+        root.write("/tmp/nbd7", "")
+        for path in ["nbd7", "/dev/nbd7", "/dev/qbd0", "/dev/qbd/rbd/disk"] {
+            #expect(KernelDevice(path: path, root: root.path)?.index == 7, "\(path)")
+        }
+        #expect(KernelDevice(path: "/dev/nbd200", root: root.path)?.index == 200, "it need not be there")
+        for path in ["/dev/qbd1", "/dev/qbd0p1", "/dev/nbd7p1", "/tmp/nbd7", "/dev/nbd07", "/dev/nbd", "", "/", "sda"] {
+            #expect(KernelDevice(path: path, root: root.path) == nil, "\(path)")
+        }
+    }
+
+    @Test func nothingIsDoneToADeviceOfSomebodyElse() throws {
+        let root = try FakeRoot()
+        root.device(0, backend: "qbd:0:rbd/disk:00000000000000ff")
+        root.device(1)
+        let devices = KernelDevices(root: root.path)
+        for index in [0, 1, 2] as [UInt32] {
+            let text = identifier.description
+            var error = #expect(throws: KernelDeviceError.self) {
+                try devices.disconnect(index: index, identifier: text)
+            }
+            #expect(error?.code == ENODEV)
+            #expect(error?.message.contains("/dev/nbd\(index) is not ours to change") == true)
+            error = #expect(throws: KernelDeviceError.self) {
+                try devices.reconfigure(KernelReconfigure(index: index, identifier: text))
+            }
+            #expect(error?.code == ENODEV)
+        }
+    }
+
+    @Test func queueSettingsAreWrittenAndWhatFailsIsSaid() throws {
+        let root = try FakeRoot()
+        root.device(0)
+        let queue = "/sys/block/nbd0/queue"
+        root.write("\(queue)/scheduler", "")
+        root.write("\(queue)/rotational", "1\n")
+        root.write("\(queue)/max_hw_sectors_kb", "32768\n")
+        root.write("\(queue)/max_sectors_kb", "")
+        root.write("\(queue)/io_timeout", "")
+        let settings = QueueSettings(KernelDevice(index: 0, root: root.path))
+        #expect(settings.apply(resendInterval: 2000) == [])
+        let written = ["scheduler", "rotational", "max_sectors_kb", "io_timeout"].map { name in
+            root.text("\(queue)/\(name)")?.split(whereSeparator: \.isNewline).first.map { String($0) }
+        }
+        #expect(written == ["none", "0", "32768", "2000"])
+        root.delete("\(queue)/scheduler")
+        let problems = settings.apply(resendInterval: 2000)
+        #expect(problems.count == 1)
+        #expect(problems.first?.contains("scheduler") == true)
+    }
+}

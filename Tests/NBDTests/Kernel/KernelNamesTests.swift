@@ -1,0 +1,126 @@
+import Glibc
+import NBD
+import Testing
+
+@Suite struct KernelNamesTests {
+    let identifier = DeviceIdentifier(deviceID: 0, volume: "rbd/disk", cookie: 1)
+
+    private func setUp(partitions: [Int] = []) throws -> (FakeRoot, KernelDevice, DeviceNames) {
+        let root = try FakeRoot()
+        root.device(5, backend: identifier.description, partitions: partitions)
+        return (root, KernelDevice(index: 5, root: root.path), DeviceNames(root: root.path, udevTimeout: 0.2))
+    }
+
+    @Test func withoutUdevTheNamesAreMadeAndRemovedHere() throws {
+        let (root, device, names) = try setUp(partitions: [1, 12])
+        #expect(try names.make(device, identifier) == [])
+        #expect(root.target("/dev/qbd0") == "nbd5")
+        #expect(root.target("/dev/qbd/rbd/disk") == "../../nbd5")
+        #expect(root.target("/dev/qbd0p1") == "nbd5p1")
+        #expect(root.target("/dev/qbd0p12") == "nbd5p12")
+        #expect(
+            DeviceNames.paths(device, identifier)
+                == ["/dev/qbd0", "/dev/qbd/rbd/disk", "/dev/qbd0p1", "/dev/qbd0p12"])
+        #expect(try names.make(device, identifier) == [], "twice is as good as once")
+        root.disconnect(5)
+        #expect(names.remove(device, identifier) == [])
+        #expect(root.list("/dev") == ["nbd5", "nbd5p1", "nbd5p12"], "no link and no empty folder is left")
+    }
+
+    @Test func foldersWithOtherVolumesStay() throws {
+        let (root, device, names) = try setUp()
+        root.link("/dev/qbd/rbd/other", "../../nbd6")
+        _ = try names.make(device, identifier)
+        _ = names.remove(device, identifier)
+        #expect(root.list("/dev/qbd/rbd") == ["other"])
+    }
+
+    @Test func aLinkLeftFromBeforeIsReplaced() throws {
+        let (root, device, names) = try setUp(partitions: [1])
+        root.link("/dev/qbd0", "nbd9")
+        root.link("/dev/qbd0p1", "nbd9p1")
+        root.link("/dev/qbd0p2", "nbd9p2")
+        root.link("/dev/qbd/rbd/disk", "../../nbd9")
+        _ = try names.make(device, identifier)
+        #expect(root.target("/dev/qbd0") == "nbd5")
+        #expect(root.target("/dev/qbd/rbd/disk") == "../../nbd5")
+        #expect(
+            root.list("/dev") == ["nbd5", "nbd5p1", "qbd", "qbd0", "qbd0p1"], "a partition that is gone has no name")
+    }
+
+    @Test(arguments: ["/dev/sda", "nbd5x", "../nbd5", "sda", "nbd", "../../../nbd5", "nbd5p"])
+    func aLinkThatIsNotOursIsNeitherReplacedNorRemoved(target: String) throws {
+        let (root, device, names) = try setUp()
+        root.link("/dev/qbd0", target)
+        let error = #expect(throws: (any Error).self) { _ = try names.make(device, identifier) }
+        #expect("\(try #require(error))".contains("not ours"))
+        _ = names.remove(device, identifier)
+        #expect(root.target("/dev/qbd0") == target)
+    }
+
+    @Test func aFileIsNeitherReplacedNorRemoved() throws {
+        let (root, device, names) = try setUp()
+        root.write("/dev/qbd/rbd/disk", "precious")
+        #expect(throws: (any Error).self) { _ = try names.make(device, identifier) }
+        _ = names.remove(device, identifier)
+        #expect(root.text("/dev/qbd/rbd/disk") == "precious")
+    }
+
+    @Test func namesThatPointToAnotherDeviceStay() throws {
+        let (root, device, names) = try setUp()
+        root.link("/dev/qbd0", "nbd6")
+        root.link("/dev/qbd0p1", "nbd6p1")
+        _ = names.remove(device, identifier)
+        #expect(root.target("/dev/qbd0") == "nbd6")
+        #expect(root.target("/dev/qbd0p1") == "nbd6p1")
+    }
+
+    @Test func aVolumeMayHaveTheNameOfAPartition() throws {
+        let (root, device, names) = try setUp()
+        root.link("/dev/qbd0p", "nbd5")
+        root.link("/dev/qbd0px", "nbd5")
+        _ = try names.make(device, identifier)
+        _ = names.remove(device, identifier)
+        #expect(root.target("/dev/qbd0p") == "nbd5" && root.target("/dev/qbd0px") == "nbd5")
+    }
+
+    // MARK: With udev
+
+    private func addUdev(_ root: FakeRoot, links: String) {
+        root.write("/run/udev/control", "")
+        root.write("/usr/lib/udev/rules.d/60-qbd.rules", "")
+        root.write("/run/udev/data/b43:160", "S:disk/by-id/x\n\(links)I:123\nE:DEVTYPE=disk\n")
+    }
+
+    @Test func whatUdevHasNamedIsNotWaitedFor() throws {
+        let (root, device, names) = try setUp()
+        addUdev(root, links: "S:qbd0\nS:qbd/rbd/disk\n")
+        root.link("/dev/qbd0", "nbd5")
+        #expect(try names.make(device, identifier) == [])
+        #expect(root.target("/dev/qbd/rbd/disk") == "../../nbd5", "what udev forgot is made all the same")
+    }
+
+    @Test func whatUdevDoesNotNameInTimeIsNamedHereWithARemark() throws {
+        let (root, device, names) = try setUp()
+        addUdev(root, links: "S:qbd0\n")
+        let remarks = try names.make(device, identifier)
+        #expect(remarks.count == 1 && remarks.first?.contains("udev did not name /dev/nbd5") == true)
+        #expect(root.target("/dev/qbd0") == "nbd5")
+    }
+
+    @Test func whatUdevDoesNotForgetInTimeIsRemovedHereWithARemark() throws {
+        let (root, device, names) = try setUp()
+        _ = try names.make(device, identifier)
+        addUdev(root, links: "S:qbd0\nS:qbd/rbd/disk\n")
+        root.disconnect(5)
+        let remarks = names.remove(device, identifier)
+        #expect(remarks.count == 1 && remarks.first?.contains("udev did not forget /dev/nbd5") == true)
+        #expect(root.target("/dev/qbd0") == nil)
+    }
+
+    @Test func udevWithoutOurRulesIsNotWaitedFor() throws {
+        let (root, device, names) = try setUp()
+        root.write("/run/udev/control", "")
+        #expect(try names.make(device, identifier) == [])
+    }
+}
