@@ -20,7 +20,9 @@ package struct LetterUsage {
         Option(short: nil, long: "block-size", takesValue: true),
         Option(short: nil, long: "socket", takesValue: true),
         Option(short: nil, long: "timeout", takesValue: true),
+        Option(short: nil, long: "device", takesValue: true),
         Option(short: nil, long: "export", takesValue: false),
+        Option(short: nil, long: "force", takesValue: false),
         Option(short: nil, long: "read-only", takesValue: false),
         Option(short: nil, long: "json", takesValue: false),
     ]

@@ -26,6 +26,16 @@ package struct MapRequest: ControlRequest {
         case volume, config, export, device
         case readOnly = "read_only"
     }
+
+    /// A flag that is left out is not set.
+    package init(from decoder: any Decoder) throws {
+        let fields = try decoder.container(keyedBy: CodingKeys.self)
+        volume = try fields.decode(String.self, forKey: .volume)
+        config = try fields.decode(String.self, forKey: .config)
+        readOnly = try fields.decodeIfPresent(Bool.self, forKey: .readOnly) ?? false
+        export = try fields.decodeIfPresent(Bool.self, forKey: .export) ?? false
+        device = try fields.decodeIfPresent(String.self, forKey: .device)
+    }
 }
 
 /// Unmap a volume.
@@ -43,6 +53,16 @@ package struct UnmapRequest: ControlRequest {
         self.volume = volume
         self.config = config
         self.force = force
+    }
+
+    package enum CodingKeys: String, CodingKey { case volume, config, force }
+
+    /// A flag that is left out is not set.
+    package init(from decoder: any Decoder) throws {
+        let fields = try decoder.container(keyedBy: CodingKeys.self)
+        volume = try fields.decode(String.self, forKey: .volume)
+        config = try fields.decodeIfPresent(String.self, forKey: .config)
+        force = try fields.decodeIfPresent(Bool.self, forKey: .force) ?? false
     }
 }
 

@@ -17,16 +17,17 @@ enum Help {
           create POOL/VOLUME -k SIZE     create a volume; SIZE as in 512M, 10G
           delete POOL/VOLUME             delete a volume and its data
           volumes [POOL]                 list the volumes of a pool, or of all pools
-          map POOL/VOLUME --export       serve a volume over NBD and print its URI
-          unmap POOL/VOLUME              stop serving it
+          map POOL/VOLUME                make it the device /dev/qbdN
+          map POOL/VOLUME --export       serve it over NBD instead, and print its URI
+          unmap POOL/VOLUME              end that
+          remap POOL/VOLUME              give its device fresh connections
           list                           list what is mapped
           info POOL/VOLUME               state, clients, counters and latency
           version                        versions of the command and the daemon
           help [VERB]                    this text, or the usage of a verb
 
-        In a later version: map without --export (a device /dev/qbdN), remap,
-        map-all, unmap-all, throttle, suspend, resume, resize, rdma:// names.
-        They say so with exit status 95.
+        In a later version: map-all, unmap-all, throttle, suspend, resume, resize,
+        rdma:// names. They say so with exit status 95.
 
         The same in letters, where VOLUME is [tcp://|rdma://]POOL/VOLUME:
 

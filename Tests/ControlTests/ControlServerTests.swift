@@ -40,6 +40,17 @@ struct ControlServerTests {
         }
     }
 
+    @Test("flags that a request leaves out are not set")
+    func leftOut() async throws {
+        try await Fixture.with { fixture in
+            _ = try await fixture.post(Command.map.path, #"{"volume":"a/b","config":"/c"}"#)
+            _ = try await fixture.post(Command.unmap.path, #"{"volume":"a/b"}"#)
+            _ = try await fixture.post(Command.unmap.path, #"{"volume":"a/b","config":"/c","force":true}"#)
+            #expect(
+                fixture.service.requests == ["map a/b /c false false", "unmap a/b - false", "unmap a/b /c true"])
+        }
+    }
+
     @Test("an error of the service keeps its code and sentence")
     func errors() async throws {
         try await Fixture.with { fixture in
@@ -60,11 +71,11 @@ struct ControlServerTests {
         try await Fixture.with { fixture in
             let client = fixture.client
             let error = await #expect(throws: ControlError.self) {
-                try await client.send(RemapRequest(volume: "a/b", config: nil))
+                try await client.send(SuspendRequest(volume: "a/b", config: nil))
             }
             #expect(error?.code == 95)
             let bodies = [
-                (Command.remap, #"{"volume":"a/b"}"#), (.suspend, #"{"volume":"a/b"}"#),
+                (Command.suspend, #"{"volume":"a/b"}"#),
                 (.resume, #"{"volume":"a/b","mode":"discard"}"#), (.resize, #"{"volume":"a/b","size":1}"#),
                 (.setThrottle, #"{"volume":"a/b","read_bps":1}"#),
             ]

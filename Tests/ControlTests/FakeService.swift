@@ -28,8 +28,13 @@ final class FakeService: ControlService {
     }
 
     func unmap(_ request: UnmapRequest) async throws(ControlError) -> UnmapRequest.Answer {
-        note("unmap \(request.volume) \(request.config ?? "-")")
+        note("unmap \(request.volume) \(request.config ?? "-") \(request.force)")
         throw .notMapped("\(request.volume) is not mapped")
+    }
+
+    func remap(_ request: RemapRequest) async throws(ControlError) -> RemapRequest.Answer {
+        note("remap \(request.volume) \(request.config ?? "-")")
+        return Done()
     }
 
     func list(_ request: ListRequest) async throws(ControlError) -> ListRequest.Answer {

@@ -59,6 +59,8 @@ struct LetterUsageTests {
     private static let ours = [
         Line("-m csi/foo --export", "map", "--export", "csi/foo"),
         Line("--read-only --export -m csi/foo", "map", "--read-only", "--export", "csi/foo"),
+        Line("-m csi/foo --device /dev/nbd3", "map", "--device=/dev/nbd3", "csi/foo"),
+        Line("--force -u csi/foo", "unmap", "--force", "csi/foo"),
         Line("-l --json", "list", "--json"),
         Line("--socket s --timeout=5 -l", "list", "--socket=s", "--timeout=5"),
         Line("-h -m csi/foo", "help", "map"),
