@@ -110,6 +110,17 @@ extension VolumeManager {
         for remark in remarks { volume.logger.warning("\(remark)") }
     }
 
+    /// Makes the names of partitions that have come since, and removes those of partitions that have gone.
+    func renew(_ attached: AttachedDevice, _ volume: Volume) async {
+        let remarks = await blocking.run { () -> [String] in
+            guard attached.device.backend == attached.identifier.description else { return [] }
+            do throws(SystemError) { return try DeviceNames().make(attached.device, attached.identifier) } catch {
+                return ["\(error)"]
+            }
+        }
+        for remark in remarks { volume.logger.warning("\(remark)") }
+    }
+
     /// Ends the device of a mapping. EBUSY, saying who uses it, unless forced.
     func detachDevice(_ attached: AttachedDevice, force: Bool, logger: Logger) async throws(BackendError) {
         try await blocking.run { () throws(BackendError) in

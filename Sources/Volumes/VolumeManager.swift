@@ -46,6 +46,8 @@ package final class VolumeManager: Sendable {
         /// Being mapped: not in `mappings` yet.
         var reserved: Set<UInt32> = []
         var listeners: [Listener] = []
+        /// Made with the first device.
+        var watcher: KernelEventWatcher?
         var stopping = false
         var shutdown: Task<Void, Never>?
         /// The Unix socket was made here.
@@ -182,6 +184,36 @@ package final class VolumeManager: Sendable {
         }
     }
 
+    /// Partitions made while a device is mapped get their names.
+    private func watchDevices() async {
+        guard state.withLock({ $0.watcher == nil && !$0.stopping }) else { return }
+        let problem = await listenerLoop.call { [self] () -> String? in
+            do throws(SystemError) {
+                let watcher = try KernelEventWatcher(loop: listenerLoop) { [weak self] event in
+                    self?.deviceChanged(event.index)
+                }
+                let taken = state.withLock { state in
+                    guard state.watcher == nil, !state.stopping else { return false }
+                    state.watcher = watcher
+                    return true
+                }
+                if !taken { watcher.close() }
+                return nil
+            } catch { return "\(error); partitions made while a device is mapped get no names" }
+        }
+        if let problem = problem ?? nil { logger.warning("\(problem)") }
+    }
+
+    private func deviceChanged(_ index: UInt32) {
+        let mapping = state.withLock { $0.mappings.values.first { $0.device?.device.index == index } }
+        guard let name = mapping?.volume.name else { return }
+        Task {
+            await names.run(name) { [self] in
+                if let mapping = self.mapping(name), let device = mapping.device { await renew(device, mapping.volume) }
+            }
+        }
+    }
+
     private func checkAgreement(_ mapping: Mapping, _ options: MapOptions, _ name: String) throws(BackendError) {
         if mapping.options.configPath != options.configPath {
             throw BackendError(
@@ -255,6 +287,7 @@ package final class VolumeManager: Sendable {
 
     private func add(_ mapping: Mapping) async -> MappedVolume {
         state.withLock { $0.mappings[mapping.volume.name] = mapping }
+        if mapping.device != nil { await watchDevices() }
         // What is a device has one user, the kernel, with a cache of its own.
         if mapping.device == nil { registry.add(mapping.volume) }
         let opened = mapping.volume.opened
@@ -522,12 +555,15 @@ package final class VolumeManager: Sendable {
     }
 
     private func close() async {
-        let (mappings, listeners, ownsSocket) = state.withLock { state in
+        let (mappings, listeners, watcher, ownsSocket) = state.withLock { state in
             state.stopping = true
-            defer { state.listeners = [] }
-            return (state.mappings.keys.sorted(), state.listeners, state.ownsSocket)
+            defer { (state.listeners, state.watcher) = ([], nil) }
+            return (state.mappings.keys.sorted(), state.listeners, state.watcher, state.ownsSocket)
         }
-        _ = await listenerLoop.call { for listener in listeners { listener.close() } }
+        _ = await listenerLoop.call {
+            for listener in listeners { listener.close() }
+            watcher?.close()
+        }
         await withTaskGroup(of: Void.self) { group in
             for name in mappings {
                 group.addTask { [self] in
