@@ -44,7 +44,8 @@ final class MappingStore: Sendable {
             if mkdir(parent, 0o755) != 0, errno != EEXIST, errno != EISDIR, errno != EROFS {
                 let code = errno
                 throw BackendError(
-                    code: code, message: "the folder \(parent) for the daemon's state cannot be made: \(errnoText(code))")
+                    code: code,
+                    message: "the folder \(parent) for the daemon's state cannot be made: \(errnoText(code))")
             }
         }
         let directory = try Directory(path: path)
@@ -52,7 +53,8 @@ final class MappingStore: Sendable {
         guard flock(lock, LOCK_EX | LOCK_NB) == 0 else {
             Glibc.close(lock)
             throw BackendError(
-                code: EBUSY, message: "another qbdd runs with the state folder \(path); stop it, or name another folder")
+                code: EBUSY, message: "another qbdd runs with the state folder \(path); stop it, or name another folder"
+            )
         }
         if directory.exists("id"), let text = String(validating: try directory.read("id"), as: UTF8.self),
             let number = UInt32(text.prefix { $0 != "\n" }, radix: 16)

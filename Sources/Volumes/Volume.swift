@@ -316,7 +316,8 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
 
     private func loopStatus() -> VolumeLoopStatus {
         VolumeLoopStatus(
-            state: state, since: since, connections: sessions.count { $0.peer != Self.kernel }, counters: counters, inFlight: requests.inUse,
+            state: state, since: since, connections: sessions.count { $0.peer != Self.kernel }, counters: counters,
+            inFlight: requests.inUse,
             readLatency: readLatency.summary(), writeLatency: writeLatency.summary(),
             flushLatency: flushLatency.summary(), clients: sessions.map(\.peer).filter { $0 != Self.kernel })
     }

@@ -46,7 +46,9 @@ extension VolumeManager {
         } catch {
             throw BackendError(
                 code: error.code,
-                message: "\(name) cannot become a device: \(error.message); or add --export to serve the volume over NBD without a kernel device")
+                message:
+                    "\(name) cannot become a device: \(error.message); or add --export to serve the volume over NBD"
+                    + " without a kernel device")
         }
     }
 

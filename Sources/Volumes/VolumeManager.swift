@@ -256,8 +256,9 @@ package final class VolumeManager: Sendable {
             if case .device(let wanted) = options.target, let identifier {
                 device = try await attachDevice(volume, identifier, wanted: wanted)
             }
-            return await add(Mapping(
-                deviceID: deviceID, pool: pool, options: options, volume: volume, device: device))
+            return await add(
+                Mapping(
+                    deviceID: deviceID, pool: pool, options: options, volume: volume, device: device))
         } catch {
             await end(volume)
             await forget(volume)
@@ -401,8 +402,9 @@ package final class VolumeManager: Sendable {
             await end(volume)
             throw error
         }
-        _ = await add(Mapping(
-            deviceID: document.deviceID, pool: pool, options: options, volume: volume, device: attached))
+        _ = await add(
+            Mapping(
+                deviceID: document.deviceID, pool: pool, options: options, volume: volume, device: attached))
     }
 
     /// Devices this state folder made and knows nothing of any more.
