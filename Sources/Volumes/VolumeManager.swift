@@ -379,9 +379,7 @@ package final class VolumeManager: Sendable {
         }
         let options = MapOptions(target: target, readOnly: document.readOnly, configPath: document.config)
         let pool = try await resolve(document.pool, document.config)
-        let volume = try await serve(pool, document.volume, options, document.name) { [weak self] event in
-            self?.handle(event, document.pool, document.volume)
-        }
+        let volume = try await serveAgain(pool, document, options)
         do throws(BackendError) {
             let record = volume.opened.record
             guard record.id == document.volumeID else {
@@ -405,6 +403,23 @@ package final class VolumeManager: Sendable {
         _ = await add(
             Mapping(
                 deviceID: document.deviceID, pool: pool, options: options, volume: volume, device: attached))
+    }
+
+    /// The daemon before may still be ending, with I/O under way that holds the volume's lock.
+    private func serveAgain(
+        _ pool: any VolumePool, _ document: MappingDocument, _ options: MapOptions
+    ) async throws(BackendError) -> Volume {
+        let deadline = Deadline(seconds: 30)
+        while true {
+            do throws(BackendError) {
+                return try await serve(pool, document.volume, options, document.name) { [weak self] event in
+                    self?.handle(event, document.pool, document.volume)
+                }
+            } catch {
+                guard error.code == EBUSY, !deadline.passed else { throw error }
+                await blocking.run { _ = usleep(50_000) }
+            }
+        }
     }
 
     /// Devices this state folder made and knows nothing of any more.
