@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import tempfile
 
 import pytest
@@ -20,6 +21,8 @@ def pytest_sessionstart(session):
     for program in (QBD, QBDD):
         if not os.access(program, os.X_OK):
             raise pytest.UsageError(f"{program} is missing: build it, or say where with QBD_BIN_DIR")
+    # Whoever stops the run stops the daemons too: as with Ctrl-C, fixtures are finished.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -31,12 +34,18 @@ def pytest_runtest_makereport(item):
             report.sections.append((f"log of qbdd {daemon.directory}", daemon.log()[-6000:]))
 
 
+@pytest.fixture(scope="session")
+def session_watchdog():
+    watchdog = Watchdog()
+    yield watchdog
+    watchdog.close()
+
+
 @pytest.fixture(autouse=True)
-def watchdog(request):
+def watchdog(request, session_watchdog):
     marker = request.node.get_closest_marker("deadline")
-    with Watchdog(marker.args[0] if marker else 60) as watchdog:
+    with session_watchdog.limit(marker.args[0] if marker else 60):
         yield
-    assert not watchdog.bit, f"the test ran longer than {watchdog.seconds} s, and its daemons were killed"
 
 
 @pytest.fixture

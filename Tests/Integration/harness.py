@@ -11,12 +11,13 @@ import mmap
 import os
 import pathlib
 import re
+import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import tempfile
-import threading
 import time
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -314,36 +315,61 @@ def free_port():
 
 
 class Watchdog:
-    """Kills the daemons of a test that ran out of its time, so that whatever waits for them sees an end of file.
+    """A process beside this one that kills the daemons of a test that ran out of its time, so that whatever waits for
+    them sees an end of file.
 
-    A client blocked inside a C library cannot be interrupted any other way.
+    A client blocked inside a C library, maybe with the interpreter's lock, cannot be interrupted any other way.
     """
 
-    def __init__(self, seconds):
-        self.seconds = seconds * SLOWNESS
-        self.bit = False
-        self.timer = threading.Timer(self.seconds, self.bite)
-        self.timer.daemon = True
+    def __init__(self):
+        reader, self.writer = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                os.close(self.writer)
+                self._watch(reader)
+            finally:
+                os._exit(0)
+        os.close(reader)
 
-    def bite(self):
-        self.bit = True
-        for pid in own_children():
-            with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/{pid}/exe") == QBDD:
-                    os.kill(pid, signal.SIGKILL)
+    @contextlib.contextmanager
+    def limit(self, seconds):
+        seconds *= SLOWNESS
+        started = time.monotonic()
+        os.write(self.writer, struct.pack("d", seconds))
+        try:
+            yield
+        finally:
+            os.write(self.writer, struct.pack("d", 0))
+        elapsed = time.monotonic() - started
+        assert elapsed < seconds, f"the test ran for {elapsed:.0f} s; after {seconds} s its daemons were killed"
 
-    def __enter__(self):
-        self.timer.start()
-        return self
+    def close(self):
+        os.close(self.writer)
+        os.waitpid(self.pid, 0)
 
-    def __exit__(self, *_):
-        self.timer.cancel()
+    @staticmethod
+    def _watch(reader):
+        """Every message sets the limit anew, 0 means none; the end of the pipe is the end."""
+        deadline = None
+        while True:
+            wait = None if deadline is None else max(0, deadline - time.monotonic())
+            if select.select([reader], [], [], wait)[0]:
+                message = os.read(reader, 8)
+                if not message:
+                    return
+                (seconds,) = struct.unpack("d", message)
+                deadline = time.monotonic() + seconds if seconds else None
+            else:
+                kill_daemons(os.getppid())
+                # Once more a little later, should the test start another one.
+                deadline = time.monotonic() + 1
 
 
-def own_children():
-    """The processes that this one has started and that still run."""
-    children = []
-    for task in pathlib.Path("/proc/self/task").iterdir():
+def kill_daemons(parent):
+    """kill -9 for every qbdd that `parent` has started."""
+    for status in pathlib.Path("/proc").glob("[0-9]*/status"):
         with contextlib.suppress(OSError):
-            children += [int(pid) for pid in (task / "children").read_text().split()]
-    return children
+            pid = int(status.parent.name)
+            if f"\nPPid:\t{parent}\n" in status.read_text() and os.readlink(f"/proc/{pid}/exe") == QBDD:
+                os.kill(pid, signal.SIGKILL)

@@ -100,10 +100,10 @@ def test_other_export_names_are_unknown(stopped):
 def test_tools_spawn_it(stopped, scratch):
     image = scratch / "image"
     image.write_bytes(os.urandom(16 * MiB))
-    run(["nbdcopy", image, "[", *serve(stopped), "]"]).succeeded()
-    run(["nbdcopy", "[", *serve(stopped), "]", scratch / "back"]).succeeded()
+    run(["nbdcopy", "--", image, "[", *serve(stopped), "]"]).succeeded()
+    run(["nbdcopy", "--", "[", *serve(stopped), "]", scratch / "back"]).succeeded()
     assert (scratch / "back").read_bytes() == image.read_bytes()
-    described = json.loads(run(["nbdinfo", "--json", "[", *serve(stopped, "disk/coarse"), "]"]).succeeded().out)
+    described = json.loads(run(["nbdinfo", "--json", "--", "[", *serve(stopped, "disk/coarse"), "]"]).succeeded().out)
     assert described["exports"][0]["export-size"] == 16 * MiB
     assert described["exports"][0]["block_size_minimum"] == 4096
 
