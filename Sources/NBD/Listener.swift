@@ -7,6 +7,8 @@ package protocol ExportHost: ExportDirectory, AnyObject {
     /// Serves the connection from here on, and closes it in the end.
     /// - Parameter leftover: what the client sent behind the handshake.
     func attach(descriptor: Int32, peer: String, negotiated: Negotiated, leftover: [UInt8])
+    /// How many clients are in their handshake now; told when one has left it, after `attach` where it comes to that.
+    func handshakesChanged(_ count: Int)
     /// One line for the log.
     func listenerEvent(_ message: String)
 }
@@ -106,6 +108,7 @@ package final class Listener: EventSource, @unchecked Sendable {
 
     func ended(_ connection: HandshakeConnection) {
         handshakes[ObjectIdentifier(connection)] = nil
+        host.handshakesChanged(handshakes.count)
         if handshakes.count < Self.maximumHandshakes, retry?.isArmed == false { resumeAccepting() }
     }
 
@@ -214,8 +217,8 @@ final class HandshakeConnection: EventSource {
             case .closed(let reason): return end(reason)
             case .transmission(let negotiated):
                 detach()
-                listener.ended(self)
                 listener.host.attach(descriptor: descriptor, peer: peer, negotiated: negotiated, leftover: input)
+                listener.ended(self)
                 return
             }
         }

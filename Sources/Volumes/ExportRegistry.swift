@@ -9,6 +9,8 @@ final class ExportRegistry: ExportHost, Sendable {
         var volumes: [String: Volume] = [:]
         /// What the empty name leads to.
         var defaultName: String?
+        var handshakes = 0
+        var clientLeft: (@Sendable () -> Void)?
     }
     private let state = Mutex(State())
     private let logger: Logger
@@ -18,6 +20,20 @@ final class ExportRegistry: ExportHost, Sendable {
     func add(_ volume: Volume) { state.withLock { $0.volumes[volume.name] = volume } }
     func remove(_ name: String) { state.withLock { $0.volumes[name] = nil } }
     func setDefault(_ name: String) { state.withLock { $0.defaultName = name } }
+
+    /// Clients in their handshake.
+    var handshakes: Int { state.withLock { $0.handshakes } }
+
+    /// - Parameter observer: called on the listener's loop whenever a client has left its handshake.
+    func observe(_ observer: @escaping @Sendable () -> Void) { state.withLock { $0.clientLeft = observer } }
+
+    func handshakesChanged(_ count: Int) {
+        let observer = state.withLock { state in
+            state.handshakes = count
+            return state.clientLeft
+        }
+        observer?()
+    }
 
     private func volume(_ name: String) -> Volume? {
         state.withLock { state in state.volumes[name.isEmpty ? state.defaultName ?? "" : name] }

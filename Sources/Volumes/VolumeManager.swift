@@ -527,8 +527,21 @@ package final class VolumeManager: Sendable {
             device: mapping.device?.name,
             configPath: mapping.options.configPath, readOnly: mapping.options.readOnly,
             protocolName: mapping.volume.opened.protocolName,
-            uri: "nbd+unix:///\(mapping.volume.name)?socket=\(nbdSocketPath)", state: status?.state ?? .normal,
+            uri: "nbd+unix:///\(mapping.volume.name)?socket=\(Self.encoded(nbdSocketPath))", state: status?.state ?? .normal,
             since: status?.since ?? 0, connections: status?.connections ?? 0)
+    }
+
+    /// Percent-encoded for the query of a URI (RFC 3986, 3.4).
+    private static func encoded(_ path: String) -> String {
+        path.utf8.reduce(into: "") { text, byte in
+            switch byte {
+            case UInt8(ascii: "A")...UInt8(ascii: "Z"), UInt8(ascii: "a")...UInt8(ascii: "z"),
+                UInt8(ascii: "0")...UInt8(ascii: "9"), UInt8(ascii: "/"), UInt8(ascii: "."), UInt8(ascii: "_"),
+                UInt8(ascii: "-"), UInt8(ascii: "~"):
+                text.unicodeScalars.append(Unicode.Scalar(byte))
+            default: text += "%" + (byte < 16 ? "0" : "") + String(byte, radix: 16, uppercase: true)
+            }
+        }
     }
 
     // MARK: One volume for one process
@@ -543,6 +556,7 @@ package final class VolumeManager: Sendable {
             if case .sessions(0) = event { continuation.yield() }
         }
         registry.setDefault(name)
+        registry.observe { continuation.yield() }
         let flags = fcntl(listenDescriptor, F_GETFL)
         guard flags >= 0, fcntl(listenDescriptor, F_SETFL, flags | O_NONBLOCK) == 0 else {
             throw BackendError(code: errno, message: "descriptor \(listenDescriptor) is no socket to serve on")
@@ -550,6 +564,7 @@ package final class VolumeManager: Sendable {
         try await listen(isTCP: false) { () throws(SystemError) in listenDescriptor }
         for await _ in gone {
             // A client may have come between the last one's end and here.
+            guard registry.handshakes == 0 else { continue }
             let connections = await mapping(name)?.volume.status()?.connections ?? 0
             if connections == 0 { break }
         }

@@ -71,6 +71,8 @@ def test_second_daemon_is_refused(daemon):
     daemon.volume("disk/foo", MiB)
     start_fails(daemon, daemon.socket)
     other = [word if word != str(daemon.socket) else str(daemon.directory / "other.sock") for word in daemon.options]
+    start_fails(daemon, daemon.state, options=other)
+    other = [word if word != str(daemon.state) else str(daemon.directory / "other-state") for word in other]
     start_fails(daemon, daemon.nbd_socket, options=other)
     assert daemon.alive and daemon.json("list")
     run(["nbdinfo", daemon.uri("disk/foo")]).succeeded()
