@@ -1,5 +1,6 @@
 """The daemon as a process: its sockets, its start and its end, and whoever misuses its control socket."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -67,13 +68,15 @@ def test_tells_systemd_when_it_is_ready(new_daemon):
 
 
 def test_second_daemon_is_refused(daemon):
-    """On the same sockets; the first one goes on."""
+    """On the same control socket, NBD socket or state; the first one goes on."""
     daemon.volume("disk/foo", MiB)
-    start_fails(daemon, daemon.socket)
-    other = [word if word != str(daemon.socket) else str(daemon.directory / "other.sock") for word in daemon.options]
-    start_fails(daemon, daemon.state, options=other)
-    other = [word if word != str(daemon.state) else str(daemon.directory / "other-state") for word in other]
-    start_fails(daemon, daemon.nbd_socket, options=other)
+    elsewhere = {"--socket": "other.sock", "--nbd-socket": "other-nbd.sock", "--state": "other-state"}
+    for shared, path in (("--socket", daemon.socket), ("--nbd-socket", daemon.nbd_socket), ("--state", daemon.state)):
+        options = list(daemon.options)
+        for option, name in elsewhere.items():
+            if option != shared:
+                options[options.index(option) + 1] = str(daemon.directory / name)
+        start_fails(daemon, path, options=options)
     assert daemon.alive and daemon.json("list")
     run(["nbdinfo", daemon.uri("disk/foo")]).succeeded()
 
@@ -182,31 +185,76 @@ def test_volumes_survive_a_restart(daemon):
     daemon.stop()
     daemon.start()
     assert [one["volume"] for one in daemon.json("volumes")] == ["disk/foo"]
-    daemon.map("disk/foo")
     run(["qemu-io", "-f", "raw", "-c", "read -P 7 0 16M", uri]).succeeded()
     assert daemon.json("info", "disk/foo")["block_size"] == 4096
 
 
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
+def test_mappings_come_back(daemon, how):
+    """With their ids, in their order, read-only if they were; what was unmapped does not."""
+    daemon.volume("disk/forgotten", MiB)
+    daemon.volume("disk/b", MiB)
+    daemon.volume("disk/a", MiB, block_size=4096, read_only=True)
+    daemon.volume("ram/gone", MiB)
+    daemon.qbd("unmap", "disk/forgotten").succeeded()
+    kept = ("dev_id", "vol_id", "device", "volume", "config", "size", "block_size", "read_only", "uri")
+    before = [{key: one[key] for key in kept} for one in daemon.json("list") if one["volume"] != "ram/gone"]
+    assert [one["volume"] for one in before] == ["disk/b", "disk/a"]
+    for _ in range(3):
+        if how == "SIGTERM":
+            daemon.stop()
+        else:
+            daemon.kill()
+        daemon.start()
+        after = wait_for(lambda: len(daemon.json("list")) == 2 and daemon.json("list"), "two mappings are back")
+        assert [{key: one[key] for key in kept} for one in after] == before
+        handle = nbd.NBD()
+        handle.connect_uri(daemon.uri("disk/a"))
+        assert handle.is_read_only() and handle.pread(4096, 0) == bytes(4096)
+        handle.shutdown()
+        run(["qemu-io", "-f", "raw", "-c", "write 0 4k", daemon.uri("disk/b")]).succeeded()
+        assert "ram/gone" in daemon.log(), "the log does not say what was not taken over"
+    daemon.create("ram/gone", MiB)
+    daemon.map("ram/gone")
+
+
+def test_damaged_state_does_not_keep_the_daemon_from_starting(daemon):
+    """It says which file; the other mappings come back, and the volume can be mapped again."""
+    daemon.volume("disk/a", MiB)
+    daemon.volume("disk/b", MiB)
+    daemon.stop()
+    documents = [path for path in daemon.state.rglob("*") if path.is_file() and "disk" in path.name and "a" in path.stem]
+    victims = [path for path in documents if "disk/b" not in path.read_text()]
+    assert len(victims) == 1, f"one document for each mapping: {list(daemon.state.rglob('*'))}"
+    victims[0].write_text('{"volume": "di')
+    daemon.start()
+    assert [one["volume"] for one in daemon.json("list")] == ["disk/b"]
+    assert victims[0].name in daemon.log()
+    daemon.map("disk/a")
+
+
 def test_unmap_with_a_client_connected(daemon, pool):
-    """Either refused as in use, and the client goes on, or done, and the client is disconnected: never half of it."""
+    """Refused as in use, and the client goes on; with --force it is done, and the client is disconnected."""
     uri = daemon.volume(f"{pool}/foo")
     handle = nbd.NBD()
     handle.connect_uri(uri)
     handle.pwrite(b"x" * 4096, 0)
-    result = daemon.qbd("unmap", f"{pool}/foo")
-    if result.status == 0:
-        with pytest.raises(nbd.Error):
-            for _ in range(1000):
-                handle.pread(4096, 0)
-        assert daemon.json("list") == []
-    else:
-        result.failed(16, f"{pool}/foo")
-        assert handle.pread(4096, 0) == b"x" * 4096
-        handle.shutdown()
-        wait_for(lambda: daemon.qbd("unmap", f"{pool}/foo").status == 0, "unmap succeeds when the client is gone")
+    daemon.qbd("unmap", f"{pool}/foo").failed(16, f"{pool}/foo", "client")
+    assert handle.pread(4096, 0) == b"x" * 4096
+    handle.shutdown()
+    wait_for(lambda: daemon.qbd("unmap", f"{pool}/foo").status == 0, "unmap succeeds when the client is gone")
+    daemon.map(f"{pool}/foo")
+    handle = nbd.NBD()
+    handle.connect_uri(uri)
+    handle.pread(4096, 0)
+    forced = daemon.qbd("unmap", "--force", f"{pool}/foo").succeeded()
+    assert forced.seconds < 2 * SLOWNESS, "an idle client delays it"
+    assert daemon.json("list") == []
+    with pytest.raises(nbd.Error):
+        handle.pread(4096, 0)
 
 
-def test_unmap_in_the_middle_of_a_load(daemon, pool):
+def test_unmap_by_force_in_the_middle_of_a_load(daemon, pool):
     """Over and over: nothing hangs, nothing crashes, other volumes go on."""
     other = Bystander(daemon.volume(f"{pool}/other"), (0, 16 * MiB))
     uri = daemon.volume(f"{pool}/foo")
@@ -215,14 +263,10 @@ def test_unmap_in_the_middle_of_a_load(daemon, pool):
         handle.connect_uri(uri)
         for index in range(64):
             handle.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(65536)), index * 65536)
-        try:
+        with contextlib.suppress(nbd.Error):
             handle.poll(0)
-        except nbd.Error:
-            pass
-        done = daemon.qbd("unmap", f"{pool}/foo")
+        daemon.qbd("unmap", "--force", f"{pool}/foo").succeeded()
         del handle
-        if done.status:
-            wait_for(lambda: daemon.qbd("unmap", f"{pool}/foo").status == 0, "unmap succeeds when the client is gone")
         daemon.map(f"{pool}/foo")
     other.assert_unharmed()
     other.stop()
