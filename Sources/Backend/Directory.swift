@@ -4,6 +4,9 @@ import Glibc
 
 /// An open directory and its files by name: every path stays inside it. All calls block.
 package struct Directory: ~Copyable {
+    /// What `lock` locks.
+    package static let lockFile = "~lock"
+
     package let path: String
     let descriptor: Int32
 
@@ -52,7 +55,7 @@ package struct Directory: ~Copyable {
     /// Holds the pool for one change, against other threads and other daemons; released with the descriptor.
     /// - Returns: a descriptor to close.
     package func lock() throws(BackendError) -> Int32 {
-        let lock = try open("~lock", O_RDWR | O_CREAT)
+        let lock = try open(Self.lockFile, O_RDWR | O_CREAT)
         do { try Self.call("lock \(path)") { flock(lock, LOCK_EX) } } catch {
             Glibc.close(lock)
             throw error

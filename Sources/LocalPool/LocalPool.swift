@@ -5,7 +5,7 @@ import Glibc
 
 /// Volumes as sparse files in a directory: `NAME.raw` holds the data, `NAME.volume` describes it. A volume exists
 /// exactly when its description does: creating ends, and deleting begins, with that one rename. What a crash leaves
-/// over has a name that begins with a tilde, which no volume's name holds, and the next change in the pool removes it.
+/// over has a name that begins with a tilde, which no volume's name holds, and the next look at the pool removes it.
 package final class LocalPool: VolumePool {
     package let name: String
     private let path: String
@@ -120,7 +120,13 @@ package final class LocalPool: VolumePool {
     // MARK: List and open
 
     package func list() throws(BackendError) -> [VolumeRecord] {
-        try records(try Directory(path: path))
+        let directory = try Directory(path: path)
+        if try directory.names().contains(where: { $0.hasPrefix(Self.ours) && $0 != Directory.lockFile }) {
+            let lock = try directory.lock()
+            defer { Glibc.close(lock) }
+            try recover(directory)
+        }
+        return try records(directory)
     }
 
     private func records(_ directory: borrowing Directory) throws(BackendError) -> [VolumeRecord] {
