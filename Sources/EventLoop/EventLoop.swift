@@ -91,9 +91,15 @@ package final class EventLoop: @unchecked Sendable {
 
     /// Runs a closure on the loop's thread and awaits its value; nil when the loop has stopped.
     package func call<Value: Sendable>(_ work: @escaping @Sendable () -> Value) async -> Value? {
+        let answer = Answer<Value?>()
         await withCheckedContinuation { continuation in
-            if !post({ continuation.resume(returning: work()) }) { continuation.resume(returning: nil) }
+            let accepted = post {
+                answer.set(work())
+                continuation.resume()
+            }
+            if !accepted { continuation.resume() }
         }
+        return answer.take { nil }
     }
 
     /// Stops the loop after the closures posted before, and waits for its thread. Sources must be removed before.

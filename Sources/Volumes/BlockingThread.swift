@@ -20,16 +20,16 @@ final class BlockingThread: Sendable {
     func run<Value: Sendable, Failure: Error>(
         _ body: @escaping @Sendable () throws(Failure) -> Value
     ) async throws(Failure) -> Value {
-        let result: Result<Value, Failure> = await withCheckedContinuation { continuation in
+        let answer = Answer<Result<Value, Failure>>()
+        await withCheckedContinuation { continuation in
             queue.withLock { queue in
                 queue.append {
-                    do throws(Failure) { continuation.resume(returning: .success(try body())) } catch {
-                        continuation.resume(returning: .failure(error))
-                    }
+                    do throws(Failure) { answer.set(.success(try body())) } catch { answer.set(.failure(error)) }
+                    continuation.resume()
                 }
             }
             available.signal()
         }
-        return try result.get()
+        return try answer.take { preconditionFailure("the blocking thread gave no answer") }.get()
     }
 }

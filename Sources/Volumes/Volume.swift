@@ -196,7 +196,11 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
 
     /// A second without a request: memory that only I/O needs goes back to the system.
     private func quietPassed() {
-        guard activity == activityAtTimer else { return }
+        guard activity == activityAtTimer else {
+            activityAtTimer = activity
+            quiet?.arm(after: 1_000_000_000)
+            return
+        }
         for session in sessions { session.releaseIdleMemory() }
         buffers.trim()
     }
