@@ -2,6 +2,9 @@
 // and wrappers the C library of Debian 12 lacks. No logic.
 #pragma once
 
+// fd_set has other names with _GNU_SOURCE, and Swift's Glibc module, which is made without it, has it as well.
+#include <sys/select.h>
+#undef _FEATURES_H
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
