@@ -62,6 +62,10 @@ install: ## Install programs, man pages and etc/qbd.conf (DESTDIR, PREFIX, SYSCO
 	install -D -m 0755 -s $(BIN)/qbdd $(DESTDIR)$(PREFIX)/sbin/qbdd
 	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/share/man/man8 man/*.8
 	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/share/man/man5 man/*.5
+	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/share/man/man7 man/*.7
+	install -D -m 0644 -t $(DESTDIR)$(SYSCONFDIR)/udev/rules.d etc/udev/*.rules
+	install -D -m 0644 -t $(DESTDIR)$(SYSCONFDIR)/systemd/system etc/systemd/*.service
+	sed -i 's|/usr/local/sbin|$(PREFIX)/sbin|' $(DESTDIR)$(SYSCONFDIR)/systemd/system/qbdd.service
 	@conf=$(DESTDIR)$(SYSCONFDIR)/neonsan/qbd.conf; \
 	if [ -e "$$conf" ]; then echo "$$conf is there and stays as it is"; \
 	else echo "install -D -m 0644 etc/qbd.conf $$conf"; install -D -m 0644 etc/qbd.conf "$$conf"; fi
@@ -120,7 +124,7 @@ check-format:
 	swift format lint --strict --parallel --recursive $(FORMATTED)
 check-man:
 	@scripts/need.sh "check the man pages" mandoc:mandoc
-	mandoc -T lint -W warning man/*.[58]
+	mandoc -T lint -W warning man/*.[578]
 
 .PHONY: format
 format: ## Format the Swift sources in place
