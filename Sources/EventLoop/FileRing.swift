@@ -175,20 +175,22 @@ package final class FileRing: EventSource, TurnObserver {
         unsubmitted &+= 1
     }
 
-    private func submit(_ ring: UnsafeMutablePointer<io_uring>) {
+    /// - Returns: whether the kernel took everything. Otherwise the next turn comes at once and submits the rest.
+    @discardableResult
+    private func submit(_ ring: UnsafeMutablePointer<io_uring>) -> Bool {
         while unsubmitted > 0 {
             let count = io_uring_submit(ring)
-            if count >= 0 {
+            if count > 0 {
                 unsubmitted &-= Int(count)
-                if count == 0 { return }
-            } else if count == -EAGAIN || count == -EBUSY {
-                // The kernel is short of memory or its completion queue is full: reap first, submit at the next turn.
+            } else if count == 0 || count == -EAGAIN || count == -EBUSY {
+                // The kernel is short of memory or its completion queue is full: reap first.
                 loop.runAgain()
-                return
+                return false
             } else {
                 precondition(count == -EINTR, "io_uring_enter: \(errnoText(-count))")
             }
         }
+        return true
     }
 
     // MARK: Completion
@@ -196,12 +198,15 @@ package final class FileRing: EventSource, TurnObserver {
     package func ready(events: UInt32) { reap() }
 
     package func endOfTurn() {
-        workers.handOver()
-        guard let ring else { return }
-        if unsubmitted > 0 {
-            submit(ring)
-            reap()
+        if let ring {
+            // What completes at once may start more: nothing may stay behind, since nothing would come to submit it.
+            while unsubmitted > 0 {
+                let all = submit(ring)
+                reap()
+                if !all { break }
+            }
         }
+        workers.handOver()
     }
 
     private func reap() {
