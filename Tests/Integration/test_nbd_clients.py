@@ -522,7 +522,10 @@ def test_tcp(new_daemon, pool, image, scratch):
 
 
 def test_no_tcp_unless_configured(daemon):
-    sockets = {os.readlink(f"/proc/{daemon.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{daemon.pid}/fd")}
+    sockets = set()
+    for descriptor in os.listdir(f"/proc/{daemon.pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            sockets.add(os.readlink(f"/proc/{daemon.pid}/fd/{descriptor}"))
     for table in ("tcp", "tcp6"):
         with open(f"/proc/{daemon.pid}/net/{table}") as file:
             for line in list(file)[1:]:

@@ -728,6 +728,18 @@ def test_fua_is_accepted_on_every_command(server, pool, structured, title):
         assert_in_step(session)
 
 
+def test_durable_zeroes_and_trims_alone(server, pool):
+    """Each is two operations on a file, one after the other; nothing else comes that would wake the loop for the second."""
+    with server.session(f"{pool}/coarse") as session:
+        for turn in range(60):
+            offset = turn % 16 * MiB
+            session.write(offset, b"\x29" * 64 * KiB)
+            command = (CMD_WRITE_ZEROES, CMD_TRIM)[turn % 2]
+            flags = CMD_FLAG_NO_HOLE if turn % 4 == 2 else 0
+            assert perform(session, command, offset, MiB, CMD_FLAG_FUA | flags) == 0
+            assert session.read(offset, 64 * KiB) == bytes(64 * KiB)
+
+
 def test_fua_on_disconnect(server):
     with server.session() as session:
         session.request(CMD_DISC, flags=CMD_FLAG_FUA)
