@@ -27,9 +27,16 @@ export ASAN_OPTIONS=log_path=$reports/address:detect_leaks=0:detect_stack_use_af
 export TSAN_OPTIONS=log_path=$reports/thread:halt_on_error=0:second_deadlock_stack=1
 
 swift build --build-tests --scratch-path "$build" --sanitize "$sanitizer"
+preload=()
+if [ "$sanitizer" = thread ]; then
+    clang=$(dirname "$(readlink -f "$(command -v swift)")")/clang
+    "$clang" -std=c11 -O1 -Wall -Wextra -Werror -fPIC -shared -o "$build/tsan_swift.so" scripts/tsan_swift.c
+    preload=("LD_PRELOAD=$PWD/$build/tsan_swift.so")
+fi
 status=0
-swift test --scratch-path "$build" --sanitize "$sanitizer" --skip-build --disable-xctest || status=1
-QBD_BIN_DIR="$build/debug" "${PYTHON:-/usr/bin/python3}" -m pytest "$@" Tests/Integration || status=1
+env "${preload[@]}" swift test --scratch-path "$build" --sanitize "$sanitizer" --skip-build --disable-xctest || status=1
+env "${preload[@]}" QBD_BIN_DIR="$build/debug" "${PYTHON:-/usr/bin/python3}" -m pytest "$@" Tests/Integration ||
+    status=1
 
 shopt -s nullglob
 for report in "$reports"/*; do
