@@ -25,7 +25,8 @@ final class Server: Sendable {
         let logger = Logger(label: "fuzz") { _ in SwiftLogNoOpLogHandler() }
         do {
             let manager = try VolumeManager(
-                nbdSocketPath: socketPath, tcpListen: nil, maximumConnections: 64, logger: logger)
+                nbdSocketPath: socketPath, tcpListen: nil, maximumConnections: 64,
+                deviceSettings: DeviceSettings(connections: 1, reattachTimeout: 0), statePath: nil, logger: logger)
             self.manager = manager
             waitFor {
                 try await manager.start()
@@ -36,7 +37,7 @@ final class Server: Sendable {
                     _ = try await manager.create(
                         pool, volume: parts[1], size: export.size, blockSize: export.minimumBlock)
                     _ = try await manager.map(
-                        pool, volume: parts[1], options: MapOptions(readOnly: export.readOnly, configPath: "/fuzz"))
+                        pool, volume: parts[1], options: MapOptions(target: .export, readOnly: export.readOnly, configPath: "/fuzz"))
                 }
             }
         } catch {
