@@ -37,7 +37,8 @@ final class Server: Sendable {
                     _ = try await manager.create(
                         pool, volume: parts[1], size: export.size, blockSize: export.minimumBlock)
                     _ = try await manager.map(
-                        pool, volume: parts[1], options: MapOptions(target: .export, readOnly: export.readOnly, configPath: "/fuzz"))
+                        pool, volume: parts[1],
+                        options: MapOptions(target: .export, readOnly: export.readOnly, configPath: "/fuzz"))
                 }
             }
         } catch {
