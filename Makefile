@@ -17,6 +17,8 @@ FUZZ_SHORT_SECONDS ?= 30
 # Options for `make bench`, as in BENCH="--suite onehop-memory --seconds 10", and for pytest, as in PYTEST="-m long".
 BENCH ?=
 PYTEST ?=
+# For Tests/VM/run; its --help lists options.
+VM ?=
 
 BIN := .build/release
 LOGS := .build/logs
@@ -29,6 +31,8 @@ NEED_BUILD := scripts/need.sh "build qbd" $(BUILDING)
 NEED_DEMO := scripts/need.sh "run the demo" $(BUILDING) libnbd-bin:nbdcopy
 NEED_BENCH := scripts/need.sh "measure beside the peers" $(BUILDING) $(CLIENTS)
 NEED_TESTS := scripts/need.sh "run all tests" $(BUILDING) $(CLIENTS) python3-pytest mandoc:mandoc
+NEED_VM := scripts/need.sh "run a virtual machine" $(BUILDING) $(CLIENTS) python3-pytest qemu-system-x86 busybox-static \
+	cpio kmod nbd-client dmsetup e2fsprogs xfsprogs fdisk
 
 .PHONY: help
 help: ## This list
@@ -110,6 +114,16 @@ unit:
 integration:
 	@mkdir -p $(LOGS)
 	QBD_BIN_DIR=$(BIN) $(PYTHON) -m pytest $(PYTEST) Tests/Integration 2>&1 | tee $(LOGS)/integration.log
+
+.PHONY: need-vm test-vm vm vm-shell
+need-vm:
+	@$(NEED_VM)
+test-vm: need-vm build vm ## Only the tests of devices, in a virtual machine (VM="test_unmap.py", VM="-- -k name")
+vm:
+	@mkdir -p $(LOGS)
+	QBD_BIN_DIR=$(BIN) Tests/VM/run $(VM) 2>&1 | tee $(LOGS)/vm.log
+vm-shell: need-vm build ## A shell in that virtual machine, which sees this file system, read-only
+	QBD_BIN_DIR=$(BIN) Tests/VM/run --shell $(VM)
 
 .PHONY: test-sanitize test-address test-thread
 test-sanitize: test-address test-thread ## Unit and integration tests under AddressSanitizer and ThreadSanitizer

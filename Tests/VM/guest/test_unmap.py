@@ -21,7 +21,7 @@ def test_names_the_mount_point(daemon):
     device = daemon.disk("disk/a", "128M")
     sh("mkfs.ext4", "-q", device)
     with mounted(device, name="with a blank") as path:
-        daemon.qbd("unmap", "disk/a").failed(BUSY, path, "disk/a")
+        daemon.qbd("unmap", "disk/a").failed(BUSY, str(path), "disk/a")
         (path / "file").write_text("still writable")
         daemon.wait_until_usable(device)
     daemon.unmap("disk/a")
@@ -30,7 +30,7 @@ def test_names_the_mount_point(daemon):
 def test_names_the_process(daemon, processes):
     device = daemon.disk("disk/a")
     holder = processes("tail", "-f", "/dev/null", stdin=open(device, "rb"))
-    daemon.qbd("unmap", "disk/a").failed(BUSY, "tail", holder.pid)
+    daemon.qbd("unmap", "disk/a").failed(BUSY, "tail", str(holder.pid))
     holder.kill()
     holder.wait()
     daemon.unmap("disk/a")
