@@ -190,7 +190,7 @@ package final class VolumeManager: Sendable {
         let problem = await listenerLoop.call { [self] () -> String? in
             do throws(SystemError) {
                 let watcher = try KernelEventWatcher(loop: listenerLoop) { [weak self] event in
-                    self?.deviceChanged(event.index)
+                    self?.deviceChanged(event?.index)
                 }
                 let taken = state.withLock { state in
                     guard state.watcher == nil, !state.stopping else { return false }
@@ -204,12 +204,16 @@ package final class VolumeManager: Sendable {
         if let problem = problem ?? nil { logger.warning("\(problem)") }
     }
 
-    private func deviceChanged(_ index: UInt32) {
-        let mapping = state.withLock { $0.mappings.values.first { $0.device?.device.index == index } }
-        guard let name = mapping?.volume.name else { return }
-        Task {
-            await names.run(name) { [self] in
-                if let mapping = self.mapping(name), let device = mapping.device { await renew(device, mapping.volume) }
+    /// - Parameter index: nil when any device may have changed.
+    private func deviceChanged(_ index: UInt32?) {
+        let changed = state.withLock { state in
+            state.mappings.filter { $0.value.device != nil && (index == nil || $0.value.device?.device.index == index) }
+        }
+        for name in changed.keys {
+            Task {
+                await names.run(name) { [self] in
+                    if let mapping = mapping(name), let device = mapping.device { await renew(device, mapping.volume) }
+                }
             }
         }
     }

@@ -7,8 +7,8 @@ package struct KernelDevices: Sendable {
     /// Seconds until a kernel that says nothing counts as an error. It answers within the request, so this bounds
     /// nothing the kernel does; only a bug makes it pass.
     static let answerTimeout = 30
-    /// Nanoseconds between two tries.
-    private static let retryInterval: UInt64 = 10_000_000
+    /// Nanoseconds between the first two tries and between two later ones. The kernel logs each that fails.
+    private static let retryIntervals: (first: UInt64, most: UInt64) = (10_000_000, 200_000_000)
 
     /// Where /sys is; tests put a folder here.
     let root: String
@@ -27,6 +27,7 @@ package struct KernelDevices: Sendable {
     package func connect(_ connect: KernelConnect, busyTimeout: Double = 5) throws(KernelDeviceError) -> UInt32 {
         let target = connect.index.map { "/dev/nbd\($0)" } ?? "a free device"
         let deadline = Deadline(seconds: busyTimeout)
+        var interval = Self.retryIntervals.first
         while true {
             do throws(KernelDeviceError) {
                 let answers = try perform(connect.message, "connect \(target)")
@@ -35,7 +36,8 @@ package struct KernelDevices: Sendable {
                 return index
             } catch {
                 guard error.code == EBUSY, !deadline.passed else { throw error }
-                pause(Self.retryInterval)
+                pause(interval)
+                interval = min(interval * 2, Self.retryIntervals.most)
             }
         }
     }

@@ -1,5 +1,6 @@
 /// Numbers of linux/netlink.h, under their C names.
 package enum Netlink {
+    package static let NETLINK_KOBJECT_UEVENT: Int32 = 15
     package static let NETLINK_GENERIC: Int32 = 16
 
     package static let NLM_F_REQUEST: UInt16 = 0x01

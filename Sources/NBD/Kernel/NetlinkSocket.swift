@@ -2,7 +2,7 @@ import CLinux
 import EventLoop
 import Glibc
 
-/// A generic netlink socket that talks to the kernel alone. Not shared between threads.
+/// A netlink socket that talks to the kernel alone. Not shared between threads.
 struct NetlinkSocket: ~Copyable {
     /// An attribute's length has 16 bits, and no answer we ask for holds two long ones.
     static let capacity = 128 << 10
@@ -11,18 +11,20 @@ struct NetlinkSocket: ~Copyable {
     private let waits: Bool
     private var sequence: UInt32 = 0
 
-    /// - Parameter receiveTimeout: seconds; nil for a socket that does not wait.
-    init(receiveTimeout: Int?) throws(SystemError) {
+    /// - Parameters:
+    ///   - protocol: NETLINK_*.
+    ///   - receiveTimeout: seconds; nil for a socket that does not wait.
+    init(protocol: Int32 = Netlink.NETLINK_GENERIC, receiveTimeout: Int?) throws(SystemError) {
         waits = receiveTimeout != nil
-        descriptor = try Self.open(receiveTimeout)
+        descriptor = try Self.open(`protocol`, receiveTimeout)
     }
 
     deinit { Glibc.close(descriptor) }
 
-    private static func open(_ receiveTimeout: Int?) throws(SystemError) -> Int32 {
+    private static func open(_ number: Int32, _ receiveTimeout: Int?) throws(SystemError) -> Int32 {
         let flags = receiveTimeout == nil ? Int32(SOCK_NONBLOCK.rawValue) : 0
-        let descriptor = try retrying("open a generic netlink socket") {
-            socket(AF_NETLINK, Int32(SOCK_RAW.rawValue | SOCK_CLOEXEC.rawValue) | flags, Netlink.NETLINK_GENERIC)
+        let descriptor = try retrying("open netlink socket \(number)") {
+            socket(AF_NETLINK, Int32(SOCK_RAW.rawValue | SOCK_CLOEXEC.rawValue) | flags, number)
         }
         if let receiveTimeout {
             var timeout = timeval(tv_sec: receiveTimeout, tv_usec: 0)
@@ -35,7 +37,7 @@ struct NetlinkSocket: ~Copyable {
         var kernel = sockaddr_nl()
         kernel.nl_family = sa_family_t(AF_NETLINK)
         do {
-            try retrying("connect to generic netlink") {
+            try retrying("connect to netlink \(number)") {
                 withUnsafePointer(to: &kernel) { pointer in
                     pointer.withMemoryRebound(to: sockaddr.self, capacity: 1) { address in
                         connect(

@@ -2,27 +2,32 @@ import NBD
 import Testing
 
 @Suite struct KernelEventTests {
-    private func event(_ fields: String...) -> KernelEvent? {
-        KernelEvent(fields.joined(separator: "\0").utf8)
+    private func event(_ fields: [String]) -> KernelEvent? {
+        KernelEvent(fields.flatMap { Array($0.utf8) + [0] })
     }
 
-    @Test func aPartitionSpeaksForItsDisk() {
-        let event = event(
-            "add@/devices/virtual/block/nbd3/nbd3p1", "ACTION=add", "DEVPATH=/devices/virtual/block/nbd3/nbd3p1",
-            "SUBSYSTEM=block", "MAJOR=43", "MINOR=97", "DEVNAME=nbd3p1", "DEVTYPE=partition", "SEQNUM=1234")
-        #expect(event?.index == 3)
-        #expect(event?.action == "add")
+    @Test func partitionsAndDisksAreTold() {
+        let partition = event([
+            "add@/devices/virtual/block/nbd12/nbd12p3", "ACTION=add", "DEVPATH=/devices/virtual/block/nbd12/nbd12p3",
+            "SUBSYSTEM=block", "MAJOR=43", "MINOR=387", "DEVNAME=nbd12p3", "DEVTYPE=partition", "SEQNUM=1203",
+        ])
+        #expect(partition?.action == "add" && partition?.index == 12 && partition?.partition == 3)
+        let disk = event(["change@/devices/virtual/block/nbd0", "SUBSYSTEM=block", "DEVNAME=nbd0"])
+        #expect(disk?.action == "change" && disk?.index == 0 && disk?.partition == nil)
     }
 
-    @Test(arguments: ["sda", "nbd", "nbdx", "nbd3q1", "nbd3p", "nbd3px", "nbd99999999999"])
-    func othersAreNotOurs(name: String) {
-        #expect(event("change@/x", "ACTION=change", "SUBSYSTEM=block", "DEVNAME=\(name)") == nil)
-    }
-
-    @Test func garbageIsNoEvent() {
-        #expect(KernelEvent([UInt8]()) == nil)
-        #expect(KernelEvent([UInt8](repeating: 0, count: 64)) == nil)
-        #expect(KernelEvent("libudev\0\u{fe}\u{ed}ACTION=add".utf8) == nil)
-        #expect(KernelEvent([0xff, 0xfe, 0x3d, 0x00, 0xff]) == nil)
+    @Test(arguments: [
+        [],
+        ["libudev"],
+        ["add@/x", "SUBSYSTEM=block", "DEVNAME=sda"],
+        ["add@/x", "SUBSYSTEM=net", "DEVNAME=nbd0"],
+        ["add@/x", "SUBSYSTEM=block", "DEVNAME=nbd"],
+        ["add@/x", "SUBSYSTEM=block", "DEVNAME=nbd0p"],
+        ["add@/x", "SUBSYSTEM=block", "DEVNAME=nbd0p1p2"],
+        ["add@/x", "SUBSYSTEM=block", "DEVNAME=nbd99999999999"],
+        ["no at", "SUBSYSTEM=block", "DEVNAME=nbd0"],
+    ])
+    func everythingElseIsNot(fields: [String]) {
+        #expect(event(fields) == nil)
     }
 }
