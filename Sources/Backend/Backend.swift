@@ -1,4 +1,5 @@
 import EventLoop
+import Glibc
 
 /// What a backend does to a stretch of a volume.
 package enum Operation: UInt8, Sendable {
@@ -76,6 +77,9 @@ package protocol Backend: AnyObject {
     /// Starts the I/O; completes exactly once, through the client. The volume has checked bounds and alignment.
     func submit(_ io: UnsafeMutablePointer<IO>)
 
+    /// The volume has grown to so many bytes, and I/O up to there may come.
+    func resized(to size: UInt64)
+
     /// Where the payload of a write may be received straight away; nil where it has to be handed to `submit` from
     /// elsewhere. What arrives there counts as a write in flight from then on, whether it is submitted or not.
     func placement(offset: UInt64, length: UInt32) -> UnsafeMutableRawPointer?
@@ -86,6 +90,7 @@ package protocol Backend: AnyObject {
 
 /// A volume opened by its pool and not yet running on a loop.
 package protocol OpenVolume: AnyObject, Sendable {
+    /// Changes when the volume grows.
     var record: VolumeRecord { get }
     /// "local", "memory": what `info` shows as the protocol.
     var protocolName: String { get }
@@ -96,6 +101,11 @@ package protocol OpenVolume: AnyObject, Sendable {
     ///   - buffers: where data that is read is put; given back by the volume.
     ///   - client: outlives the backend.
     func start(on loop: EventLoop, buffers: BufferPool, client: any BackendClient) throws(BackendError) -> any Backend
+
+    /// Grows the volume where it lives. Its backend learns of it from the volume. On the blocking-work thread.
+    /// - Parameter size: bytes; nil takes over the size it has there, which may be the one that is known.
+    /// - Returns: the new record, which `record` gives from now on.
+    func grow(to size: UInt64?) throws(BackendError) -> VolumeRecord
 
     /// Gives descriptors and locks back, after the backend was closed or was never started. On the blocking-work thread.
     func close()
@@ -113,6 +123,8 @@ package protocol VolumePool: AnyObject, Sendable {
     func delete(volume: String) throws(BackendError)
     /// Sorted by name.
     func list() throws(BackendError) -> [VolumeRecord]
+    /// Grows a volume that is not open, as `OpenVolume.grow`; EBUSY when it is open.
+    func grow(volume: String, to size: UInt64?) throws(BackendError) -> VolumeRecord
     /// Opens for one user; a second open that could write fails with EBUSY.
     func open(volume: String, readOnly: Bool) throws(BackendError) -> any OpenVolume
 }
@@ -135,6 +147,28 @@ package struct VolumeRecord: Sendable, Equatable {
         self.size = size
         self.blockSize = blockSize
         self.created = created
+    }
+
+    /// The same volume of another size.
+    package func resized(to size: UInt64) -> VolumeRecord {
+        VolumeRecord(id: id, volume: volume, size: size, blockSize: blockSize, created: created)
+    }
+
+    /// EINVAL unless the size is one the volume can grow to.
+    /// - Parameter pool: for the error's text.
+    package func checkGrowth(to size: UInt64, pool: String) throws(BackendError) {
+        guard size > self.size else {
+            throw BackendError(
+                code: EINVAL,
+                message: "\(pool)/\(volume) has \(self.size) bytes, and \(size) bytes are "
+                    + (size == self.size ? "the same" : "less") + ": a volume can only grow")
+        }
+        guard size % UInt64(blockSize) == 0, size <= UInt64(Int64.max) else {
+            throw BackendError(
+                code: EINVAL,
+                message: "\(pool)/\(volume) cannot have \(size) bytes: the size must be a multiple of its block size, "
+                    + "\(blockSize) bytes")
+        }
     }
 }
 

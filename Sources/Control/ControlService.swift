@@ -27,8 +27,4 @@ extension ControlService {
     package func resume(_ request: ResumeRequest) async throws(ControlError) -> ResumeRequest.Answer {
         throw Feature.resume.comesLater
     }
-
-    package func resize(_ request: ResizeRequest) async throws(ControlError) -> ResizeRequest.Answer {
-        throw Feature.resize.comesLater
-    }
 }

@@ -8,7 +8,6 @@ package enum Feature: CaseIterable, Sendable {
     case throttle
     case suspend
     case resume
-    case resize
     case rdma
     case snapshot
 
@@ -22,7 +21,6 @@ package enum Feature: CaseIterable, Sendable {
         case .throttle: "limiting the I/O of a mapped volume (throttle)"
         case .suspend: "holding back the I/O of a mapped volume (suspend)"
         case .resume: "letting held-back I/O go on (resume)"
-        case .resize: "growing a volume (resize)"
         case .rdma: "the transport rdma:// (use tcp://, or no scheme at all)"
         case .snapshot: "a snapshot, pool/volume@snapshot,"
         }
@@ -36,8 +34,7 @@ extension Command {
         case .setThrottle: .throttle
         case .suspend: .suspend
         case .resume: .resume
-        case .resize: .resize
-        case .map, .unmap, .remap, .list, .info, .version, .create, .delete, .volumes: nil
+        case .map, .unmap, .remap, .list, .info, .resize, .version, .create, .delete, .volumes: nil
         }
     }
 }

@@ -25,6 +25,8 @@ package struct LetterUsage {
         Option(short: nil, long: "force", takesValue: false),
         Option(short: nil, long: "read-only", takesValue: false),
         Option(short: nil, long: "json", takesValue: false),
+        Option(short: nil, long: "to-store-size", takesValue: false),
+        Option(short: nil, long: "rescan-partitions", takesValue: false),
     ]
 
     private var rest: ArraySlice<String>

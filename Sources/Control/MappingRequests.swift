@@ -165,19 +165,44 @@ package struct ResumeRequest: ControlRequest {
     }
 }
 
-/// Grow a volume.
+/// Grow a volume, mapped or not, and its device.
 package struct ResizeRequest: ControlRequest {
-    package typealias Answer = Done
+    package typealias Answer = PoolVolume
     package static let command = Command.resize
 
     package var volume: String
+    /// As in ``UnmapRequest/config``.
     package var config: String?
-    /// Bytes.
-    package var size: UInt64
+    /// The configuration whose volume is meant when it is not mapped and none was named; nil: it must be mapped.
+    package var defaultConfig: String?
+    /// Bytes; nil takes over the size the volume has at its store.
+    package var size: UInt64?
+    /// Read the device's partition table again.
+    package var rescanPartitions: Bool
 
-    package init(volume: String, config: String?, size: UInt64) {
+    package init(
+        volume: String, config: String?, defaultConfig: String? = nil, size: UInt64?, rescanPartitions: Bool = false
+    ) {
         self.volume = volume
         self.config = config
+        self.defaultConfig = defaultConfig
         self.size = size
+        self.rescanPartitions = rescanPartitions
+    }
+
+    package enum CodingKeys: String, CodingKey {
+        case volume, config, size
+        case defaultConfig = "default_config"
+        case rescanPartitions = "rescan_partitions"
+    }
+
+    /// A flag that is left out is not set.
+    package init(from decoder: any Decoder) throws {
+        let fields = try decoder.container(keyedBy: CodingKeys.self)
+        volume = try fields.decode(String.self, forKey: .volume)
+        config = try fields.decodeIfPresent(String.self, forKey: .config)
+        defaultConfig = try fields.decodeIfPresent(String.self, forKey: .defaultConfig)
+        size = try fields.decodeIfPresent(UInt64.self, forKey: .size)
+        rescanPartitions = try fields.decodeIfPresent(Bool.self, forKey: .rescanPartitions) ?? false
     }
 }

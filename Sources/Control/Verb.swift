@@ -57,7 +57,7 @@ package enum Verb: String, CaseIterable, Sendable {
         case .mapAll, .unmapAll: "[-f FILE]"
         case .throttle: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] -t KEY=NUMBER[,...]"
         case .resume: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] -t normal|error|discard"
-        case .resize: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] -k SIZE"
+        case .resize: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] -k SIZE|--to-store-size [--rescan-partitions]"
         case .create: "POOL/VOLUME -k SIZE [--block-size 512|4096] [-c CONFIG]"
         case .delete: "POOL/VOLUME [-c CONFIG]"
         case .volumes: "[POOL] [-c CONFIG]"

@@ -8,7 +8,7 @@ import Glibc
 /// over has a name that begins with a tilde, which no volume's name holds, and the next look at the pool removes it.
 package final class LocalPool: VolumePool {
     package let name: String
-    private let path: String
+    let path: String
 
     /// - Parameter path: absolute; the directory is made at first use when it is missing.
     package init(name: String, path: String) {
@@ -18,11 +18,11 @@ package final class LocalPool: VolumePool {
 
     private static let describedBy = ".volume"
     private static let dataIn = ".raw"
-    private static let ours = "~"
-    private static let fresh = ".new"
+    static let ours = "~"
+    static let fresh = ".new"
     private static let deleted = ".deleted"
 
-    private static func description(_ volume: String) -> String { volume + describedBy }
+    static func description(_ volume: String) -> String { volume + describedBy }
     static func data(_ volume: String) -> String { volume + dataIn }
 
     // MARK: Create and delete
@@ -91,7 +91,7 @@ package final class LocalPool: VolumePool {
     }
 
     /// Finishes what a crash interrupted. Called under the pool's lock.
-    private func recover(_ directory: borrowing Directory) throws(BackendError) {
+    func recover(_ directory: borrowing Directory) throws(BackendError) {
         var changed = false
         for file in try directory.names() where file.hasPrefix(Self.ours) {
             let file = file.dropFirst()
@@ -143,7 +143,7 @@ package final class LocalPool: VolumePool {
         return records.sorted { $0.volume < $1.volume }
     }
 
-    private func describe(_ directory: borrowing Directory, _ volume: String) throws(BackendError) -> VolumeRecord {
+    func describe(_ directory: borrowing Directory, _ volume: String) throws(BackendError) -> VolumeRecord {
         let file = Self.description(volume)
         return try VolumeDescription.decode(try directory.read(file), volume: volume, file: "\(path)/\(file)")
     }
@@ -164,11 +164,11 @@ package final class LocalPool: VolumePool {
                 message: "\(path)/\(Self.data(volume)) has \(status.st_size) bytes, its description says "
                     + "\(record.size); data is missing, restore the file")
         }
-        return LocalOpenVolume(record: record, descriptor: data, readOnly: readOnly)
+        return LocalOpenVolume(pool: self, record: record, descriptor: data, readOnly: readOnly)
     }
 
     /// Opens the data file and locks it: one user that writes, or any number that only read.
-    private func openData(
+    func openData(
         _ directory: borrowing Directory, _ volume: String, readOnly: Bool
     ) throws(BackendError) -> Int32 {
         let data = try directory.open(Self.data(volume), readOnly ? O_RDONLY : O_RDWR)
@@ -185,7 +185,7 @@ package final class LocalPool: VolumePool {
         return data
     }
 
-    private func missing(_ volume: String) -> BackendError {
+    func missing(_ volume: String) -> BackendError {
         BackendError(
             code: ENOENT, message: "no volume \(volume) in pool \(name); `qbd volumes \(name)` lists what there is")
     }

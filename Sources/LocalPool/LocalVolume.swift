@@ -2,16 +2,20 @@ import Backend
 import CLinux
 import EventLoop
 import Glibc
+import Synchronization
 
 /// A data file that is open and locked.
 final class LocalOpenVolume: OpenVolume {
-    let record: VolumeRecord
+    private let pool: LocalPool
+    private let current: Mutex<VolumeRecord>
     let readOnly: Bool
     let descriptor: Int32
+    var record: VolumeRecord { current.withLock { $0 } }
     var protocolName: String { "local" }
 
-    init(record: VolumeRecord, descriptor: Int32, readOnly: Bool) {
-        self.record = record
+    init(pool: LocalPool, record: VolumeRecord, descriptor: Int32, readOnly: Bool) {
+        self.pool = pool
+        current = Mutex(record)
         self.descriptor = descriptor
         self.readOnly = readOnly
     }
@@ -24,6 +28,12 @@ final class LocalOpenVolume: OpenVolume {
         } catch { throw BackendError(error) }
     }
 
+    func grow(to size: UInt64?) throws(BackendError) -> VolumeRecord {
+        let grown = try pool.grow(volume: record.volume, data: descriptor, readOnly: readOnly, to: size)
+        current.withLock { $0 = grown }
+        return grown
+    }
+
     func close() { Glibc.close(descriptor) }
 }
 
@@ -34,7 +44,7 @@ final class LocalVolume: Backend, FileCompletion {
     /// Extents of one answer: more do not fit 4 KiB.
     private static let maximumExtents = BufferPool.blockSize / MemoryLayout<Extent>.stride
 
-    let geometry: Geometry
+    private(set) var geometry: Geometry
     private let volume: LocalOpenVolume
     private let buffers: BufferPool
     private unowned(unsafe) let client: any BackendClient
@@ -108,6 +118,8 @@ final class LocalVolume: Backend, FileCompletion {
         }
         if !accepted { finish(io, EAGAIN) }
     }
+
+    func resized(to size: UInt64) { geometry.size = size }
 
     func placement(offset: UInt64, length: UInt32) -> UnsafeMutableRawPointer? { nil }
 

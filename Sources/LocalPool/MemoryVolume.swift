@@ -5,7 +5,7 @@ import Glibc
 
 /// A volume in memory, on a loop. Everything completes at once; reads are answered from where the data lies.
 final class MemoryVolume: Backend {
-    let geometry: Geometry
+    private(set) var geometry: Geometry
     private let store: MemoryStore
     private let buffers: BufferPool
     private unowned(unsafe) let client: any BackendClient
@@ -20,6 +20,8 @@ final class MemoryVolume: Backend {
     }
 
     func close() {}
+
+    func resized(to size: UInt64) { geometry.size = size }
 
     /// A write that is cut off by the end of its connection may be there in part, as on any disk.
     func placement(offset: UInt64, length: UInt32) -> UnsafeMutableRawPointer? {

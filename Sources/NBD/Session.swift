@@ -29,7 +29,7 @@ package final class Session: EventSource {
 
     /// For the log: "unix" or the peer's address.
     package let peer: String
-    package let limits: RequestLimits
+    package private(set) var limits: RequestLimits
     let loop: EventLoop
     let buffers: BufferPool
     let descriptor: Int32
@@ -109,6 +109,9 @@ package final class Session: EventSource {
         updateEvents()
         endIfDone()
     }
+
+    /// The export has grown, and this client is told so in its own way.
+    package func resized(to size: UInt64) { limits.size = size }
 
     /// Ends at once; what is in flight completes without an answer.
     package func abort(_ reason: String) { fail(reason) }

@@ -4,12 +4,15 @@ import EventLoop
 import Glibc
 import Logging
 import NBD
+import Synchronization
 
 /// A mapped volume: its loop, its sessions, and the way of each request through gate, throttle and splitter to the
 /// backend. Everything but `start`, `attach`, `stop` and `status` runs on the loop.
 package final class Volume: SessionTarget, BackendClient, TurnObserver, @unchecked Sendable {
     package let name: String
-    package let export: Export
+    /// Its size changes. Clients learn of that at their next handshake.
+    package var export: Export { currentExport.withLock { $0 } }
+    private let currentExport: Mutex<Export>
     let opened: any OpenVolume
     let loop: EventLoop
     let logger: Logger
@@ -62,7 +65,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
             name: name, description: "qbd \(opened.protocolName) volume", size: record.size,
             readOnly: opened.readOnly, minimumBlock: record.blockSize)
         export.preferredBlock = max(4096, record.blockSize)
-        self.export = export
+        currentExport = Mutex(export)
         let sessions = maximumSessions + Self.maximumKernelSessions
         buffers = BufferPool(maximumRegions: sessions + 4)
         vectors = .allocate(capacity: Session.vectorCapacity)
@@ -124,6 +127,17 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
             if !accepted { continuation.resume() }
         }
         loop.stop()
+    }
+
+    /// The volume has grown at its store. Connections of the kernel may use the new size when this returns; clients of
+    /// exports keep the one of their handshake.
+    func resized() async {
+        let size = opened.record.size
+        currentExport.withLock { $0.size = size }
+        _ = await loop.call { [self] in
+            backend?.resized(to: size)
+            for session in sessions where session.peer == Self.kernel { session.resized(to: size) }
+        }
     }
 
     /// Nil when the volume has stopped.

@@ -187,6 +187,8 @@ extension VolumeManager {
             }
         }
         volume.attachKernel(sockets)
+        let size = volume.export.size
+        try await blocking.run { () throws(BackendError) in try Self.grow(attached, to: size) }
         try await finish(attached, volume)
     }
 }

@@ -16,6 +16,7 @@ enum Help {
 
           create POOL/VOLUME -k SIZE     create a volume; SIZE as in 512M, 10G
           delete POOL/VOLUME             delete a volume and its data
+          resize POOL/VOLUME -k SIZE     grow it, and its device if it is mapped
           volumes [POOL]                 list the volumes of a pool, or of all pools
           map POOL/VOLUME                make it the device /dev/qbdN
           map POOL/VOLUME --export       serve it over NBD instead, and print its URI
@@ -26,7 +27,7 @@ enum Help {
           version                        versions of the command and the daemon
           help [VERB]                    this text, or the usage of a verb
 
-        In a later version: map-all, unmap-all, throttle, suspend, resume, resize,
+        In a later version: map-all, unmap-all, throttle, suspend, resume,
         rdma:// names. They say so with exit status 95.
 
         The same in letters, where VOLUME is [tcp://|rdma://]POOL/VOLUME:

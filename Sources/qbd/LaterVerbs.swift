@@ -95,25 +95,3 @@ struct Resume: VerbCommand {
         _ = try await common.ask(ResumeRequest(volume: volume, config: config, mode: mode))
     }
 }
-
-struct Resize: VerbCommand {
-    static let configuration = CommandConfiguration(
-        commandName: Verb.resize.word, abstract: "Grow a volume (a later version).",
-        usage: Verb.resize.usageText)
-
-    @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"))
-    var volume: String
-    @Option(
-        name: [.customShort("k"), .long],
-        help: "The new size: bytes, or a number with K, M, G, T or P.")
-    var size: String
-    @OptionGroup var config: ConfigOption
-    @OptionGroup var common: CommonOptions
-
-    func perform() async throws {
-        _ = try Name.volume(volume, for: .resize)
-        let size = try Name.size(size, for: .resize)
-        let config = try config.explicitPath(for: .resize)
-        _ = try await common.ask(ResizeRequest(volume: volume, config: config, size: size))
-    }
-}

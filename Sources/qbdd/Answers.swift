@@ -54,9 +54,9 @@ extension MappingStatus.Percentiles {
 }
 
 extension PoolVolume {
-    init(_ record: VolumeRecord, in pool: any VolumePool) {
+    init(_ record: VolumeRecord, inPool pool: String) {
         self.init(
-            volume: "\(pool.name)/\(record.volume)", id: record.id, size: record.size, blockSize: record.blockSize,
+            volume: "\(pool)/\(record.volume)", id: record.id, size: record.size, blockSize: record.blockSize,
             created: record.created)
     }
 }

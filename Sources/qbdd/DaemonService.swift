@@ -49,6 +49,30 @@ struct DaemonService: ControlService {
         return Done()
     }
 
+    func resize(_ request: ResizeRequest) async throws(ControlError) -> ResizeRequest.Answer {
+        let name = try VolumeName.reachable(request.volume)
+        try checkConfig(request.config, of: name)
+        do throws(BackendError) {
+            if let record = try await manager.resize(
+                pool: name.pool, volume: name.volume, to: request.size, rescan: request.rescanPartitions)
+            {
+                return PoolVolume(record, inPool: name.pool)
+            }
+        } catch {
+            throw failed("resize", name, error)
+        }
+        guard let config = request.config ?? request.defaultConfig else {
+            throw .notMapped("\(name) is not mapped; name the configuration of its pool to grow it all the same")
+        }
+        let pool = try await pools.pool(name.pool, try ConfigPath.validate(config))
+        do throws(BackendError) {
+            return PoolVolume(
+                try await manager.resize(pool, volume: name.volume, to: request.size), inPool: name.pool)
+        } catch {
+            throw failed("resize", name, error)
+        }
+    }
+
     func list(_ request: ListRequest) async throws(ControlError) -> ListRequest.Answer {
         .init(mappings: await manager.list().map { MappingRecord($0) })
     }
@@ -92,7 +116,7 @@ extension DaemonService {
         do throws(BackendError) {
             let record = try await manager.create(
                 pool, volume: name.volume, size: request.size, blockSize: request.blockSize)
-            return PoolVolume(record, in: pool)
+            return PoolVolume(record, inPool: name.pool)
         } catch {
             throw failed("create", name, error)
         }
@@ -126,7 +150,7 @@ extension DaemonService {
     private func volumes(of name: String, _ config: String) async throws(ControlError) -> [PoolVolume] {
         let pool = try await pools.pool(name, config)
         do throws(BackendError) {
-            return try await manager.volumes(pool).map { PoolVolume($0, in: pool) }
+            return try await manager.volumes(pool).map { PoolVolume($0, inPool: pool.name) }
         } catch {
             throw ControlError(error)
         }

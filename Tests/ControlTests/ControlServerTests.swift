@@ -76,7 +76,7 @@ struct ControlServerTests {
             #expect(error?.code == 95)
             let bodies = [
                 (Command.suspend, #"{"volume":"a/b"}"#),
-                (.resume, #"{"volume":"a/b","mode":"discard"}"#), (.resize, #"{"volume":"a/b","size":1}"#),
+                (.resume, #"{"volume":"a/b","mode":"discard"}"#),
                 (.setThrottle, #"{"volume":"a/b","read_bps":1}"#),
             ]
             for (command, body) in bodies {

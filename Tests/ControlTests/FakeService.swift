@@ -74,6 +74,11 @@ final class FakeService: ControlService {
         throw ControlError(16, "\(request.volume) is mapped")
     }
 
+    func resize(_ request: ResizeRequest) async throws(ControlError) -> ResizeRequest.Answer {
+        note("resize \(request.volume) \(request.size ?? 0)")
+        return PoolVolume(volume: request.volume, id: 1 << 24, size: request.size ?? 512, blockSize: 512, created: 1)
+    }
+
     func volumes(_ request: VolumesRequest) async throws(ControlError) -> VolumesRequest.Answer {
         note("volumes \(request.pool ?? "*") \(request.config)")
         return .init(

@@ -625,6 +625,13 @@ USAGE_ERRORS = [
     ["list", "a/b"],
     ["info"],
     ["resize", "a/b"],
+    ["resize", "a/b", "-k", "1G", "--to-store-size"],
+    ["resize", "a/b", "-k", "0"],
+    ["resize", "a/b", "-k", "-1"],
+    ["resize", "a/b", "-k", "1X"],
+    ["resize", "a/b", "-k", "99999999P"],
+    ["-z", "a/b", "-k", "-1"],
+    ["--resize", "a/b", "--size", "1X"],
     ["resume", "a/b"],
     ["throttle", "a/b"],
     ["delete"],
@@ -659,9 +666,6 @@ LATER = [
     ["resume", "disk/foo", "-t", "normal"],
     ["-R", "disk/foo", "-t", "error"],
     ["--resume", "disk/foo", "-t", "discard"],
-    ["resize", "disk/foo", "-k", "128G"],
-    ["-z", "disk/foo", "-k", "2T"],
-    ["--resize", "disk/foo", "--size", "2T"],
     ["map", "--export", "rdma://disk/foo"],
 ]
 

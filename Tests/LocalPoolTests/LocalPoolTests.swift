@@ -107,6 +107,76 @@ private func code(_ body: () throws(BackendError) -> Void) -> Int32 {
             code { () throws(BackendError) in try pool.delete(volume: "disk") } == ENOENT)
     }
 
+    @Test func aVolumeGrowsByZeros() throws {
+        let record = try pool.create(volume: "disk", size: 8192, blockSize: 4096)
+        let grown = try pool.grow(volume: "disk", to: 65536)
+        #expect(grown == record.resized(to: 65536))
+        #expect(try pool.list() == [grown])
+        #expect(directory.size("disk.raw") == 65536)
+        #expect(directory.names == ["disk.raw", "disk.volume", "~lock"])
+    }
+
+    @Test(arguments: [(8192, "8192 bytes are the same"), (4096, "4096 bytes are less"), (12288 + 512, "block size")])
+    func aVolumeThatCannotGrowSaysWhy(size: UInt64, text: String) throws {
+        let record = try pool.create(volume: "disk", size: 8192, blockSize: 4096)
+        do {
+            _ = try pool.grow(volume: "disk", to: size)
+            Issue.record("grown")
+        } catch {
+            #expect(error.code == EINVAL)
+            #expect(error.message.contains(text))
+        }
+        #expect(try pool.list() == [record])
+        #expect(directory.size("disk.raw") == 8192)
+    }
+
+    @Test func anOpenVolumeIsGrownByWhoHasItOpen() throws {
+        _ = try pool.create(volume: "disk", size: 4096, blockSize: 512)
+        let open = try pool.open(volume: "disk", readOnly: false)
+        #expect(code { () throws(BackendError) in _ = try pool.grow(volume: "disk", to: 8192) } == EBUSY)
+        #expect(try open.grow(to: 8192).size == 8192)
+        #expect(open.record.size == 8192)
+        open.close()
+        let reader = try pool.open(volume: "disk", readOnly: true)
+        #expect(code { () throws(BackendError) in _ = try reader.grow(to: 16384) } == EROFS)
+        #expect(try reader.grow(to: nil).size == 8192)
+        reader.close()
+    }
+
+    @Test func theSizeOfTheDataFileIsTakenOver() throws {
+        _ = try pool.create(volume: "disk", size: 8192, blockSize: 4096)
+        #expect(try pool.grow(volume: "disk", to: nil).size == 8192)
+        truncate("\(directory.path)/disk.raw", 20000)
+        #expect(try pool.grow(volume: "disk", to: nil).size == 16384)
+        #expect(directory.size("disk.raw") == 20000)
+    }
+
+    @Test func growingThatDiedBeforeTheDescriptionNeverWas() throws {
+        let record = try pool.create(volume: "disk", size: 4096, blockSize: 512)
+        directory.write("disk.raw", String(repeating: "x", count: 8192))
+        directory.write("~disk.volume.new", "half")
+        #expect(try pool.list() == [record])
+        try pool.open(volume: "disk", readOnly: false).close()
+        // What lay behind the end does not show up when the volume grows.
+        #expect(try pool.grow(volume: "disk", to: 8192).size == 8192)
+        let file = fopen("\(directory.path)/disk.raw", "r")
+        defer { fclose(file) }
+        fseek(file, 4096, SEEK_SET)
+        #expect((0..<4096).allSatisfy { _ in fgetc(file) == 0 })
+        #expect(directory.names == ["disk.raw", "disk.volume", "~lock"])
+    }
+
+    @Test func aVolumeInMemoryGrows() throws {
+        let memory = MemoryPool(name: "m")
+        _ = try memory.create(volume: "disk", size: 4096, blockSize: 512)
+        let open = try memory.open(volume: "disk", readOnly: false)
+        #expect(code { () throws(BackendError) in _ = try memory.grow(volume: "disk", to: 8192) } == EBUSY)
+        #expect(try open.grow(to: 1 << 30).size == 1 << 30)
+        #expect(code { () throws(BackendError) in _ = try open.grow(to: 1 << 50) } == ENOMEM)
+        #expect(memory.list().map(\.size) == [1 << 30])
+        open.close()
+    }
+
     // What each step of creating and deleting leaves behind when the daemon dies right after it.
 
     @Test func creatingThatDiedBeforeItsDescriptionNeverWas() throws {
