@@ -32,7 +32,7 @@ let package = Package(
         .executableTarget(
             name: "qbd",
             dependencies: [
-                "Control", "Configuration",
+                "Control", "Configuration", "CLinux",
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
             ],
             linkerSettings: staticRuntime),

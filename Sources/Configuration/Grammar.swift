@@ -51,17 +51,27 @@ enum Grammar {
     private static func quoted(
         _ side: Substring.UnicodeScalarView, key: String
     ) throws(ConfigurationError) -> String {
+        let (value, rest) = try unquoted(side, key: key)
+        let behind = trimmed(rest)
+        guard behind.isEmpty || behind.first == "#" else {
+            throw ConfigurationError(
+                "\(excerpt(String(behind))) follows the quoted value of \(excerpt(key)); only a comment can")
+        }
+        return value
+    }
+
+    /// What stands up to the closing quote, escapes resolved, and what is behind that quote.
+    ///
+    /// - Parameter side: begins behind the opening quote.
+    static func unquoted(
+        _ side: Substring.UnicodeScalarView, key: String
+    ) throws(ConfigurationError) -> (value: String, behind: Substring.UnicodeScalarView) {
         var value = String.UnicodeScalarView()
         var rest = side
         while let scalar = rest.popFirst() {
             switch scalar {
             case "\"":
-                let behind = trimmed(rest)
-                guard behind.isEmpty || behind.first == "#" else {
-                    throw ConfigurationError(
-                        "\(excerpt(String(behind))) follows the quoted value of \(excerpt(key)); only a comment can")
-                }
-                return String(value)
+                return (String(value), rest)
             case "\\":
                 guard let escaped = rest.popFirst() else { break }
                 guard escaped == "\"" || escaped == "\\" else {

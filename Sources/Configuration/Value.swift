@@ -86,6 +86,20 @@ enum Value {
         return components.map { "/" + String($0) }.joined()
     }
 
+    /// An absolute path of a file, as it is.
+    static func path(_ text: String, of key: String) throws(ConfigurationError) -> String {
+        try requireValue(text, of: key)
+        guard text.utf8.first == UInt8(ascii: "/") else {
+            throw ConfigurationError(
+                "'\(key)' is \(excerpt(text)); it must be an absolute path, one that starts with /")
+        }
+        guard text.utf8.count < 4096, !text.utf8.contains(where: { $0 < 0x20 || $0 == 0x7F }) else {
+            throw ConfigurationError(
+                "'\(key)' is \(excerpt(text)); a path has at most 4095 bytes and no control characters")
+        }
+        return text
+    }
+
     private static func address(
         _ text: String, of key: String, defaultPort: UInt16? = nil, allowingPortZero: Bool = false
     ) throws(ConfigurationError) -> NetworkAddress {

@@ -3,8 +3,6 @@
 /// This file is the one place that decides it: the command asks here before it asks the daemon, and the daemon's
 /// answers to those commands come from here.
 package enum Feature: CaseIterable, Sendable {
-    case mapAll
-    case unmapAll
     case throttle
     case suspend
     case resume
@@ -16,8 +14,6 @@ package enum Feature: CaseIterable, Sendable {
 
     private var subject: String {
         switch self {
-        case .mapAll: "mapping every volume of a map.conf (map-all)"
-        case .unmapAll: "unmapping every volume of a map.conf (unmap-all)"
         case .throttle: "limiting the I/O of a mapped volume (throttle)"
         case .suspend: "holding back the I/O of a mapped volume (suspend)"
         case .resume: "letting held-back I/O go on (resume)"

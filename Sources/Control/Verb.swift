@@ -50,8 +50,12 @@ package enum Verb: String, CaseIterable, Sendable {
     /// What follows the word, as a usage line shows it.
     package var arguments: String {
         switch self {
-        case .map: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] [--export] [--read-only] [--device DEVICE]"
-        case .unmap: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] [--force]"
+        case .map:
+            "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] [--export] [--read-only] [--device DEVICE]"
+                + " [--hook PATH|none] [--hook-timeout SECONDS] [--save] [-f FILE]"
+        case .unmap:
+            "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] [--force]"
+                + " [--hook PATH|none] [--hook-timeout SECONDS] [--forget] [-f FILE]"
         case .remap, .suspend, .info: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG]"
         case .list: "[-c CONFIG]"
         case .mapAll, .unmapAll: "[-f FILE]"
@@ -71,6 +75,36 @@ package enum Verb: String, CaseIterable, Sendable {
         let tail = arguments.isEmpty ? "" : " " + arguments
         guard let letters, self != .help else { return ["qbd \(word)\(tail)"] }
         return ["qbd \(word)\(tail)", "qbd -\(letters.short)|--\(letters.long)\(tail)"]
+    }
+
+    /// ``usage`` for a width of 80 columns, of which the first `indentation` are taken by a title. What a line has no
+    /// room for goes on under it; what is in brackets stays together.
+    package func usage(indentation: Int) -> String {
+        let margin = String(repeating: " ", count: indentation)
+        return usage.map { Self.wrapped($0, width: 80 - indentation).joined(separator: "\n\(margin)    ") }
+            .joined(separator: "\n\(margin)")
+    }
+
+    private static func wrapped(_ text: String, width: Int) -> [String] {
+        var lines: [String] = []
+        var words: [String] = []
+        for word in text.split(separator: " ").map(String.init) {
+            if let last = words.last, last.filter({ $0 == "[" }).count > last.filter({ $0 == "]" }).count {
+                words[words.count - 1] = "\(last) \(word)"
+            } else {
+                words.append(word)
+            }
+        }
+        for word in words {
+            // Lines behind the first one are indented by four.
+            let room = lines.count > 1 ? width - 4 : width
+            if let last = lines.last, last.utf8.count + 1 + word.utf8.count <= room {
+                lines[lines.count - 1] = "\(last) \(word)"
+            } else {
+                lines.append(word)
+            }
+        }
+        return lines
     }
 
     /// The verb of a word.

@@ -27,6 +27,8 @@ enum Entry {
         } catch let failure as Failure {
             Output.complain(failure.error.line(for: failure.command))
             return failure.status
+        } catch let failure as Reported {
+            return failure.status
         } catch let error as UsageError {
             throw error
         } catch let error as ControlError {
@@ -61,7 +63,7 @@ enum Entry {
     private static func complain(_ error: UsageError) -> Int32 {
         Output.complain("qbd: \(error.message)")
         if let verb = error.verb {
-            Output.complain("usage: " + verb.usage.joined(separator: "\n       "))
+            Output.complain("usage: " + verb.usage(indentation: 7))
             Output.complain("'qbd help \(verb.word)' says more")
         } else {
             Output.complain(Help.summary)
@@ -82,8 +84,8 @@ struct Root: ParsableCommand {
 }
 
 extension Verb {
-    /// Above the options in the help of the verb.
-    var usageText: String { usage.joined(separator: "\n") }
+    /// Above the options in the help of the verb, which puts "USAGE: " before it and indents what follows.
+    var usageText: String { usage(indentation: 7).replacing("\n       ", with: "\n") }
 }
 
 /// A verb, parsed.
@@ -103,4 +105,9 @@ struct Failure: Error {
 
     /// Shells give numbers from 126 on a meaning of their own.
     var status: Int32 { (1..<126).contains(error.code) ? error.code : 1 }
+}
+
+/// The command failed, and has said why.
+struct Reported: Error {
+    let status: Int32
 }

@@ -4,7 +4,7 @@ import Control
 enum Help {
     /// Under a complaint that belongs to no verb.
     static let summary = """
-        usage: qbd VERB [OPTIONS]   (map, unmap, list, info, create, delete, volumes, ...)
+        usage: qbd VERB [OPTIONS]   (map, unmap, list, info, create, delete, ...)
                qbd -m|-u|-r|-l|-M|-U|-s|-S|-R|-i|-z|-v|-h ...
         'qbd help' lists the verbs
         """
@@ -21,14 +21,15 @@ enum Help {
           map POOL/VOLUME                make it the device /dev/qbdN
           map POOL/VOLUME --export       serve it over NBD instead, and print its URI
           unmap POOL/VOLUME              end that
+          map-all, unmap-all             map and unmap what /etc/neonsan/map.conf lists
           remap POOL/VOLUME              give its device fresh connections
           list                           list what is mapped
           info POOL/VOLUME               state, clients, counters and latency
           version                        versions of the command and the daemon
           help [VERB]                    this text, or the usage of a verb
 
-        In a later version: map-all, unmap-all, throttle, suspend, resume,
-        rdma:// names. They say so with exit status 95.
+        In a later version: throttle, suspend, resume, rdma:// names. They say so
+        with exit status 95.
 
         The same in letters, where VOLUME is [tcp://|rdma://]POOL/VOLUME:
 

@@ -3,41 +3,12 @@ import Control
 
 // Verbs whose usage is documented and whose work a later version does. They check all they are given, then say so.
 
-struct MapAll: VerbCommand {
-    static let configuration = CommandConfiguration(
-        commandName: Verb.mapAll.word, abstract: "Map every volume of a map.conf, in its order (a later version).",
-        usage: Verb.mapAll.usageText)
-
-    @Option(name: [.customShort("f"), .long], help: "The list of volumes (/etc/neonsan/map.conf).")
-    var file: String?
-    @OptionGroup var common: CommonOptions
-
-    func perform() async throws {
-        throw Failure(.map, Feature.mapAll.comesLater)
-    }
-}
-
-struct UnmapAll: VerbCommand {
-    static let configuration = CommandConfiguration(
-        commandName: Verb.unmapAll.word,
-        abstract: "Unmap every volume of a map.conf, in reverse order (a later version).",
-        usage: Verb.unmapAll.usageText)
-
-    @Option(name: [.customShort("f"), .long], help: "The list of volumes (/etc/neonsan/map.conf).")
-    var file: String?
-    @OptionGroup var common: CommonOptions
-
-    func perform() async throws {
-        throw Failure(.unmap, Feature.unmapAll.comesLater)
-    }
-}
-
 struct Throttle: VerbCommand {
     static let configuration = CommandConfiguration(
         commandName: Verb.throttle.word, abstract: "Limit the I/O of a mapped volume (a later version).",
         usage: Verb.throttle.usageText)
 
-    @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"))
+    @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"), completion: Names.mapped)
     var volume: String
     @Option(
         name: [.customShort("t"), .long],
@@ -62,7 +33,7 @@ struct Suspend: VerbCommand {
         commandName: Verb.suspend.word, abstract: "Hold back the I/O of a mapped volume (a later version).",
         usage: Verb.suspend.usageText)
 
-    @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"))
+    @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"), completion: Names.mapped)
     var volume: String
     @OptionGroup var config: ConfigOption
     @OptionGroup var common: CommonOptions
@@ -79,11 +50,12 @@ struct Resume: VerbCommand {
         commandName: Verb.resume.word, abstract: "Let held-back I/O go on, fail, or be discarded (a later version).",
         usage: Verb.resume.usageText)
 
-    @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"))
+    @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"), completion: Names.mapped)
     var volume: String
     @Option(
         name: [.customShort("t"), .long],
-        help: ArgumentHelp("normal, error or discard.", valueName: "mode"))
+        help: ArgumentHelp("normal, error or discard.", valueName: "mode"),
+        completion: .list(ResumeMode.allCases.map(\.rawValue)))
     var throttle: String
     @OptionGroup var config: ConfigOption
     @OptionGroup var common: CommonOptions

@@ -1,6 +1,7 @@
 import ArgumentParser
 import Configuration
 import Control
+import Glibc
 
 struct Map: VerbCommand {
     static let configuration = CommandConfiguration(
@@ -12,34 +13,76 @@ struct Map: VerbCommand {
             Mapping what is mapped already in the same way changes nothing and is a success.
             """)
 
-    @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"))
+    @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"), completion: Names.volumes)
     var volume: String
     @OptionGroup var config: ConfigOption
     @Flag(help: "Serve it over NBD, without a kernel device.")
     var export = false
     @Flag(help: "Refuse writes.")
     var readOnly = false
-    @Option(help: ArgumentHelp("The kernel device to use instead of any that is free.", valueName: "/dev/nbdX"))
+    @Option(
+        help: ArgumentHelp("The kernel device to use instead of any that is free.", valueName: "/dev/nbdX"),
+        completion: .file())
     var device: String?
+    @OptionGroup var hook: HookOptions
+    @Flag(help: "Write it into the list of volumes, too, so that map-all maps it.")
+    var save = false
+    @OptionGroup var file: MapFileOption
     @OptionGroup var common: CommonOptions
 
     func perform() async throws {
-        _ = try Name.volume(volume, for: .map)
-        let config = try config.path(for: .map)
+        let name = try Name.volume(volume, for: .map)
+        let path = try config.path(for: .map)
         guard !export || device == nil else {
             throw UsageError("--export makes no device, so --device does not go with it", verb: .map)
         }
-        let mapping = try await common.ask(
-            MapRequest(volume: volume, config: config, readOnly: readOnly, export: export, device: device))
-        if common.verbose {
-            Output.complain(
-                "mapped \(mapping.volume) id=\(mapping.volumeID) size=\(mapping.size) block_size=\(mapping.blockSize)"
-                    + " protocol=\(mapping.transport) read_only=\(mapping.readOnly) config=\(mapping.config)")
+        guard save || file.file == nil else {
+            throw UsageError("--file is the list of volumes to write to, so it goes with --save", verb: .map)
         }
-        try Output.answer(.map, mapping, asJSON: common.json) { [export] mapping in
-            export ? mapping.uri + "\n" : "/dev/\(mapping.device)\n"
+        let entry = try entry(name, config: path)
+        let outcome = try await Mapper(client: common.client).map(entry, config: path)
+        if let mapping = outcome.mapping {
+            if common.verbose { Output.complain(mapping.summary) }
+            try Output.answer(.map, mapping, asJSON: common.json) { $0.place + "\n" }
         }
+        var problems = outcome.problems
+        if save {
+            do throws(ControlError) { try file.save(entry) } catch { problems.append(error) }
+        }
+        try Output.complain(problems)
     }
+
+    /// What the options say, in the keys of map.conf.
+    private func entry(_ name: VolumeName, config path: String) throws(Failure) -> MapEntry {
+        var entry = MapEntry(name)
+        for key in MapKey.allCases {
+            let value: String? =
+                switch key {
+                case .config: path == DaemonConfiguration.defaultPath ? nil : path
+                case .export: export ? "1" : nil
+                case .readOnly: readOnly ? "1" : nil
+                case .device: device
+                case .hook: hook.hook
+                case .hookTimeout: hook.hookTimeout
+                }
+            guard let value else { continue }
+            do throws(ConfigurationError) { try entry.set(key, to: value) } catch {
+                throw Failure(.map, ControlError(error))
+            }
+        }
+        return entry
+    }
+}
+
+/// With the verbs that run a hook.
+struct HookOptions: ParsableArguments {
+    @Option(
+        help: ArgumentHelp(
+            "Run this program, or none, instead of \(Hook.defaultFolder)/pool/volume if that is there.",
+            valueName: "path|none"), completion: .file())
+    var hook: String?
+    @Option(help: ArgumentHelp("How long the hook may take (60).", valueName: "seconds"))
+    var hookTimeout: String?
 }
 
 struct Unmap: VerbCommand {
@@ -48,19 +91,46 @@ struct Unmap: VerbCommand {
         usage: Verb.unmap.usageText,
         discussion: "Not mapped is exit status 25, in use is exit status 16. With -c it must be mapped with that file.")
 
-    @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"))
+    @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"), completion: Names.mapped)
     var volume: String
     @OptionGroup var config: ConfigOption
     @Flag(help: "Also when it is in use: its users' I/O fails, and what they did not flush is lost.")
     var force = false
+    @OptionGroup var hook: HookOptions
+    @Flag(help: "Take it out of the list of volumes, too, also when it is not mapped.")
+    var forget = false
+    @OptionGroup var file: MapFileOption
     @OptionGroup var common: CommonOptions
 
     func perform() async throws {
         let name = try Name.volume(volume, for: .unmap)
+        guard forget || file.file == nil else {
+            throw UsageError("--file is the list of volumes to change, so it goes with --forget", verb: .unmap)
+        }
+        var entry = MapEntry(name)
         let config = try config.explicitPath(for: .unmap)
-        let done = try await common.ask(UnmapRequest(volume: volume, config: config, force: force))
+        do throws(ConfigurationError) {
+            if let config { try entry.set(.config, to: config) }
+            if let hook = hook.hook { try entry.set(.hook, to: hook) }
+            if let time = hook.hookTimeout { try entry.set(.hookTimeout, to: time) }
+        } catch {
+            throw Failure(.unmap, ControlError(error))
+        }
+        var problems: [ControlError] = []
+        do throws(Failure) {
+            problems = try await Mapper(client: common.client).unmap(entry, force: force).problems
+        } catch {
+            if forget, error.error.code == ENOTTY {
+                do throws(ControlError) { try file.forget(name) } catch { Output.complain("qbd: \(error.message)") }
+            }
+            throw error
+        }
         if common.verbose { Output.complain("unmapped \(name)") }
-        try Output.answer(.unmap, done, asJSON: common.json) { _ in "" }
+        try Output.answer(.unmap, Done(), asJSON: common.json) { _ in "" }
+        if forget {
+            do throws(ControlError) { try file.forget(name) } catch { problems.append(error) }
+        }
+        try Output.complain(problems)
     }
 }
 
@@ -69,7 +139,7 @@ struct Remap: VerbCommand {
         commandName: Verb.remap.word, abstract: "Give a mapped volume fresh connections.",
         usage: Verb.remap.usageText)
 
-    @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"))
+    @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"), completion: Names.mapped)
     var volume: String
     @OptionGroup var config: ConfigOption
     @OptionGroup var common: CommonOptions
@@ -109,7 +179,7 @@ struct Info: VerbCommand {
         abstract: "Show all that is known of a mapped volume: state, clients, counters, latency.",
         usage: Verb.info.usageText)
 
-    @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"))
+    @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"), completion: Names.mapped)
     var volume: String
     @OptionGroup var config: ConfigOption
     @OptionGroup var common: CommonOptions

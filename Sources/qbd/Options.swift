@@ -8,7 +8,7 @@ struct CommonOptions: ParsableArguments {
     @Option(
         help: ArgumentHelp(
             "The control socket of qbdd; else QBD_SOCKET, else \(ControlClient.defaultSocketPath).",
-            valueName: "path"))
+            valueName: "path"), completion: .file())
     var socket: String?
 
     @Option(help: ArgumentHelp("Give up after this many seconds (200).", valueName: "seconds"))
@@ -29,11 +29,7 @@ struct CommonOptions: ParsableArguments {
 
     /// Asks the daemon.
     func ask<Request: ControlRequest>(_ request: Request) async throws(Failure) -> Request.Answer {
-        do throws(ControlError) {
-            return try await client.send(request)
-        } catch {
-            throw Failure(Request.command, error)
-        }
+        try await Mapper(client: client).ask(request)
     }
 }
 
@@ -42,27 +38,34 @@ struct ConfigOption: ParsableArguments {
     @Option(
         name: [.customShort("c"), .long],
         help: ArgumentHelp(
-            "The configuration file; else QBD_CONFIG, else \(DaemonConfiguration.defaultPath).", valueName: "config"))
+            "The configuration file; else QBD_CONFIG, else \(DaemonConfiguration.defaultPath).", valueName: "config"),
+        completion: .file())
     var config: String?
 
     /// The file to use, as an absolute path.
     func path(for command: Command) throws(Failure) -> String {
-        try absolute(config ?? Environment["QBD_CONFIG"] ?? DaemonConfiguration.defaultPath, command)
+        if let path = try explicitPath(for: command) { return path }
+        return try Self.standardPath(for: command)
+    }
+
+    /// The file to use when none is named.
+    static func standardPath(for command: Command) throws(Failure) -> String {
+        try absolute(Environment["QBD_CONFIG"] ?? DaemonConfiguration.defaultPath, command)
     }
 
     /// The file that was named with `-c`, as an absolute path.
     func explicitPath(for command: Command) throws(Failure) -> String? {
         guard let config else { return nil }
-        return try absolute(config, command)
+        return try Self.absolute(config, command)
     }
 
-    private func absolute(_ path: String, _ command: Command) throws(Failure) -> String {
+    private static func absolute(_ path: String, _ command: Command) throws(Failure) -> String {
         try checked(for: command) { () throws(ControlError) in
             try ConfigPath.validate(path.hasPrefix("/") || path.isEmpty ? path : try currentFolder() + "/" + path)
         }
     }
 
-    private func currentFolder() throws(ControlError) -> String {
+    private static func currentFolder() throws(ControlError) -> String {
         guard let folder = getcwd(nil, 0) else {
             throw ControlError(errno, "cannot find the current folder, to which the path of -c is relative")
         }

@@ -16,6 +16,14 @@ enum Output {
         _ = write(line + "\n", to: STDERR_FILENO)
     }
 
+    /// Tells of what went wrong behind a command that did its work.
+    ///
+    /// - Throws: the last one, if there is one.
+    static func complain(_ problems: [ControlError]) throws(ControlError) {
+        for problem in problems.dropLast() { complain("qbd: \(problem.message)") }
+        if let last = problems.last { throw last }
+    }
+
     /// - Returns: the errno of what failed, nil for success.
     private static func write(_ text: String, to descriptor: CInt) -> CInt? {
         var bytes = Array(text.utf8)[...]

@@ -46,7 +46,7 @@ struct Delete: VerbCommand {
         usage: Verb.delete.usageText,
         discussion: "Refused with exit status 16 while the volume is mapped.")
 
-    @Argument(help: ArgumentHelp("pool/volume", valueName: "volume"))
+    @Argument(help: ArgumentHelp("pool/volume", valueName: "volume"), completion: Names.volumes)
     var volume: String
     @OptionGroup var config: ConfigOption
     @OptionGroup var common: CommonOptions
@@ -69,7 +69,7 @@ struct Volumes: VerbCommand {
             created. Sizes are bytes.
             """)
 
-    @Argument(help: ArgumentHelp("Without it: every pool.", valueName: "pool"))
+    @Argument(help: ArgumentHelp("Without it: every pool.", valueName: "pool"), completion: Names.pools)
     var pool: String?
     @OptionGroup var config: ConfigOption
     @OptionGroup var common: CommonOptions

@@ -11,7 +11,7 @@ struct Resize: VerbCommand {
             (resize2fs, xfs_growfs). NBD clients of an export see it when they connect next. A volume never shrinks.
             """)
 
-    @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"))
+    @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"), completion: Names.mapped)
     var volume: String
     @Option(
         name: [.customShort("k"), .long],

@@ -2,11 +2,13 @@ import Configuration
 import Glibc
 import Testing
 
-/// etc/qbd.conf of this repository. Uncommented: with the '#' removed from every line in which no blank follows it,
+/// A file of this repository's etc. Uncommented: with the '#' removed from every line in which no blank follows it,
 /// which are the settings.
-func shippedFile(uncommented: Bool, from testFile: String = #filePath) throws -> String {
+func shippedFile(
+    _ name: String = "qbd.conf", uncommented: Bool, from testFile: String = #filePath
+) throws -> String {
     let root = testFile.split(separator: "/", omittingEmptySubsequences: false).dropLast(3).joined(separator: "/")
-    let path = root + "/etc/qbd.conf"
+    let path = "\(root)/etc/\(name)"
     let file = try #require(fopen(path, "r"), "cannot open \(path)")
     defer { fclose(file) }
     var bytes = [UInt8](repeating: 0, count: 1 << 20)

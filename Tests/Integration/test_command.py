@@ -653,11 +653,6 @@ def test_usage_error(words):
 
 
 LATER = [
-    ["map-all"],
-    ["-M"],
-    ["--mapall", "-f", "/etc/neonsan/map.conf"],
-    ["unmap-all", "-f", "/etc/neonsan/map.conf"],
-    ["-U"],
     ["throttle", "disk/foo", "-t", "read_bps=10M,write_iops=0"],
     ["-s", "disk/foo", "-t", "read_iops=100"],
     ["--setthrottle", "disk/foo", "--throttle", "write_bps=1G"],

@@ -16,6 +16,7 @@
 #include <linux/netlink.h>
 #include <pthread.h>
 #include <sched.h>
+#include <spawn.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -82,3 +83,13 @@ static inline int qbd_set_io_flusher(void) { return prctl(PR_SET_IO_FLUSHER, 1, 
 static inline uint32_t qbd_major(dev_t device) { return major(device); }
 static inline uint32_t qbd_minor(dev_t device) { return minor(device); }
 static inline dev_t qbd_makedev(uint32_t major, uint32_t minor) { return makedev(major, minor); }
+
+// Declared for _GNU_SOURCE only, which Swift's Glibc module does not know.
+extern int posix_spawn_file_actions_addchdir_np(posix_spawn_file_actions_t *actions, const char *path);
+extern int posix_spawn_file_actions_addclosefrom_np(posix_spawn_file_actions_t *actions, int first);
+static inline int qbd_spawn_chdir(posix_spawn_file_actions_t *actions, const char *path) {
+    return posix_spawn_file_actions_addchdir_np(actions, path);
+}
+static inline int qbd_spawn_closefrom(posix_spawn_file_actions_t *actions, int first) {
+    return posix_spawn_file_actions_addclosefrom_np(actions, first);
+}

@@ -1,0 +1,13 @@
+/// What a line of map.conf can say of a volume. Every key has its option of `qbd map`, and the other way round.
+package enum MapKey: String, CaseIterable, Sendable {
+    case config
+    case export
+    case readOnly = "readonly"
+    case device
+    case hook
+    case hookTimeout = "hook_timeout"
+
+    /// For error texts: "config, export, ... or hook_timeout".
+    static let all =
+        allCases.dropLast().map(\.rawValue).joined(separator: ", ") + " or " + allCases[allCases.count - 1].rawValue
+}
