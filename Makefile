@@ -22,6 +22,8 @@ VM ?=
 
 BIN := .build/release
 LOGS := .build/logs
+# Where bash-completion and zsh look, below PREFIX/share.
+COMPLETIONS := bash:bash-completion/completions/qbd zsh:zsh/site-functions/_qbd
 FORMATTED := Package.swift Sources Tests Fuzz
 
 # What is needed, for scripts/need.sh. A target asks for all of it at its start, so that apt runs once.
@@ -30,7 +32,7 @@ CLIENTS := libnbd-bin:nbdcopy python3 python3-libnbd nbdkit:nbdkit qemu-utils:qe
 NEED_BUILD := scripts/need.sh "build qbd" $(BUILDING)
 NEED_DEMO := scripts/need.sh "run the demo" $(BUILDING) libnbd-bin:nbdcopy
 NEED_BENCH := scripts/need.sh "measure beside the peers" $(BUILDING) $(CLIENTS)
-NEED_TESTS := scripts/need.sh "run all tests" $(BUILDING) $(CLIENTS) python3-pytest mandoc:mandoc
+NEED_TESTS := scripts/need.sh "run all tests" $(BUILDING) $(CLIENTS) python3-pytest mandoc:mandoc zsh:zsh systemd
 NEED_VM := scripts/need.sh "run a virtual machine" $(BUILDING) $(CLIENTS) python3-pytest qemu-system-x86 busybox-static \
 	cpio kmod nbd-client dmsetup e2fsprogs xfsprogs fdisk
 
@@ -59,7 +61,7 @@ build-tests:
 	swift build -c release --build-tests
 
 .PHONY: install
-install: ## Install programs, man pages and etc/qbd.conf (DESTDIR, PREFIX, SYSCONFDIR)
+install: ## Install programs, man pages, completions, units and configuration (DESTDIR, PREFIX, SYSCONFDIR)
 	@scripts/need.sh "install qbd" binutils:strip
 	@test -x $(BIN)/qbd -a -x $(BIN)/qbdd || { echo "make install: nothing is built yet; run 'make build' first" >&2; exit 1; }
 	install -D -m 0755 -s $(BIN)/qbd $(DESTDIR)$(PREFIX)/bin/qbd
@@ -69,10 +71,14 @@ install: ## Install programs, man pages and etc/qbd.conf (DESTDIR, PREFIX, SYSCO
 	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/share/man/man7 man/*.7
 	install -D -m 0644 -t $(DESTDIR)$(SYSCONFDIR)/udev/rules.d etc/udev/*.rules
 	install -D -m 0644 -t $(DESTDIR)$(SYSCONFDIR)/systemd/system etc/systemd/*.service
-	sed -i 's|/usr/local/sbin|$(PREFIX)/sbin|' $(DESTDIR)$(SYSCONFDIR)/systemd/system/qbdd.service
-	@conf=$(DESTDIR)$(SYSCONFDIR)/neonsan/qbd.conf; \
+	sed -i 's|/usr/local/|$(PREFIX)/|' $(DESTDIR)$(SYSCONFDIR)/systemd/system/qbdd.service \
+		$(DESTDIR)$(SYSCONFDIR)/systemd/system/qbd-map.service
+	@for name in qbd.conf map.conf; do conf=$(DESTDIR)$(SYSCONFDIR)/neonsan/$$name; \
 	if [ -e "$$conf" ]; then echo "$$conf is there and stays as it is"; \
-	else echo "install -D -m 0644 etc/qbd.conf $$conf"; install -D -m 0644 etc/qbd.conf "$$conf"; fi
+	else echo "install -D -m 0644 etc/$$name $$conf"; install -D -m 0644 etc/$$name "$$conf"; fi; done
+	@for shell in $(COMPLETIONS); do file=$(DESTDIR)$(PREFIX)/share/$${shell#*:}; mkdir -p "$${file%/*}"; \
+	echo "qbd --generate-completion-script $${shell%%:*} >$$file"; \
+	$(BIN)/qbd --generate-completion-script $${shell%%:*} >"$$file"; chmod 0644 "$$file"; done
 
 .PHONY: clean
 clean: ## Remove everything that was built
