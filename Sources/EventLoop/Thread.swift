@@ -46,6 +46,9 @@ package struct Thread: Sendable {
         handle = thread
     }
 
+    /// Lets the thread end by itself. Call once, instead of `join`.
+    package func detach() { pthread_detach(handle) }
+
     /// Waits until the thread's body has returned. Call once, from another thread.
     package func join() { pthread_join(handle, nil) }
 }

@@ -149,6 +149,9 @@ package struct Request {
         issued = 0
     }
 
+    /// Its connection is closed: nobody waits for the answer.
+    package var isAbandoned: Bool { session._withUnsafeGuaranteedRef { $0.closed } }
+
     package var durable: Bool { flags & NBD.NBD_CMD_FLAG_FUA != 0 }
     package var noHole: Bool { flags & NBD.NBD_CMD_FLAG_NO_HOLE != 0 }
     package var fastZero: Bool { flags & NBD.NBD_CMD_FLAG_FAST_ZERO != 0 }

@@ -18,6 +18,7 @@ extension Session {
             if count > 0 { input.pointee.end &+= count }
         }
         if count > 0 {
+            target.received(self)
             parse()
         } else if count == 0 {
             let within = input.pointee.available > 0 || dropping > 0 || placement != nil

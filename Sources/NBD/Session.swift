@@ -12,6 +12,11 @@ package protocol SessionTarget: AnyObject {
     func submit(_ request: UnsafeMutablePointer<Request>)
     /// The reply is out, or nobody is left to take it: the slot and what it holds are free.
     func release(_ request: UnsafeMutablePointer<Request>)
+    /// Bytes have arrived on a connection; what is whole of them is parsed when this returns, unless it ended the session.
+    func received(_ session: Session)
+    /// The connection is closed, and gets no more answers. What is in flight of it goes on; what was not begun need not
+    /// be.
+    func sessionClosed(_ session: Session)
     /// The connection has ended and nothing of it is in flight.
     /// - Parameter reason: for the log; nil when the client left as the protocol says.
     func sessionEnded(_ session: Session, reason: String?)
@@ -32,7 +37,7 @@ package final class Session: EventSource {
     package private(set) var limits: RequestLimits
     let loop: EventLoop
     let buffers: BufferPool
-    let descriptor: Int32
+    package let descriptor: Int32
     unowned(unsafe) let target: any SessionTarget
     let vectors: UnsafeMutablePointer<iovec>
 
@@ -54,7 +59,7 @@ package final class Session: EventSource {
     var paused = false
     /// No more requests will come: DISC, end of stream, or the daemon stops.
     var draining = false
-    var closed = false
+    package private(set) var closed = false
     private var ended = false
     var endReason: String?
 
@@ -198,6 +203,7 @@ package final class Session: EventSource {
             release(request)
         }
         lastReply = nil
+        target.sessionClosed(self)
         loop.runAgain()
     }
 

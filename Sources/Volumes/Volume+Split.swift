@@ -21,6 +21,12 @@ extension Volume {
     /// - Returns: false when parts ran out before all of the request was handed over.
     @inline(__always)
     private func hand(over request: UnsafeMutablePointer<Request>) -> Bool {
+        // It was held back until after its connection was gone. The kernel has sent it again on another, and must not see
+        // it overtake what came after that.
+        if request.pointee.issued == 0, request.pointee.isAbandoned {
+            request.reply()
+            return true
+        }
         let operation = Self.operation(request.pointee.command)
         if request.pointee.length == 0, operation != .flush {
             request.reply()

@@ -17,12 +17,8 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     let loop: EventLoop
     let logger: Logger
     private let maximumSessions: Int
-    /// The peer's name of a session with the kernel.
-    static let kernel = "kernel"
-    /// Connections of one device, old and new ones during a change among them.
-    static let maximumKernelSessions = 8
     /// Called on the loop.
-    private let report: @Sendable (SessionEvent) -> Void
+    let report: @Sendable (SessionEvent) -> Void
 
     // The loop's state.
     let buffers: BufferPool
@@ -30,7 +26,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     private let vectors: UnsafeMutablePointer<iovec>
     private var sessions: ContiguousArray<Session> = []
     private var endedSessions: ContiguousArray<Session> = []
-    private var requests: Slab<Request>
+    var requests: Slab<Request>
     var parts: Slab<IO>
     /// Requests that wait for parts, oldest first; only the first has been begun.
     var firstWaiting: UnsafeMutablePointer<Request>?
@@ -41,11 +37,9 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     private let flushLatency = LatencyHistogram()
     private var state = GateState.normal
     private var since = Int64(time(nil))
-    private var stopping = false
+    private(set) var stopping = false
     private var stopped: [@Sendable () -> Void] = []
-    /// The kernel's sessions are meant to end.
-    private var kernelDetached = false
-    private var kernelGone: [@Sendable () -> Void] = []
+    var kernel = KernelSide()
     private var quiet: LoopTimer?
     private var activity: UInt64 = 0
     private var activityAtTimer: UInt64 = 0
@@ -66,7 +60,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
             readOnly: opened.readOnly, minimumBlock: record.blockSize)
         export.preferredBlock = max(4096, record.blockSize)
         currentExport = Mutex(export)
-        let sessions = maximumSessions + Self.maximumKernelSessions
+        let sessions = maximumSessions + KernelSide.maximumSessions
         buffers = BufferPool(maximumRegions: sessions + 4)
         vectors = .allocate(capacity: Session.vectorCapacity)
         requests = Slab(capacity: sessions * Session.maximumInFlight)
@@ -81,7 +75,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     /// - Parameters:
     ///   - maximumSessions: NBD connections at a time, 1...64.
     ///   - report: called on the volume's loop.
-    static func start(
+    package static func start(
         name: String, opened: any OpenVolume, maximumSessions: Int, logger: Logger,
         report: @escaping @Sendable (SessionEvent) -> Void
     ) async throws(BackendError) -> Volume {
@@ -118,7 +112,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
 
     /// Finishes what is in flight, closes the sessions and the backend, and ends the loop. Clients that do not take
     /// their last replies within `grace` seconds are cut off.
-    func stop(grace: UInt64) async {
+    package func stop(grace: UInt64) async {
         await withCheckedContinuation { continuation in
             let accepted = loop.post { [self] in
                 stopped.append { continuation.resume() }
@@ -136,19 +130,19 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
         currentExport.withLock { $0.size = size }
         _ = await loop.call { [self] in
             backend?.resized(to: size)
-            for session in sessions where session.peer == Self.kernel { session.resized(to: size) }
+            for session in kernel.sessions { session.resized(to: size) }
         }
     }
 
     /// Nil when the volume has stopped.
-    func status() async -> VolumeLoopStatus? {
+    package func status() async -> VolumeLoopStatus? {
         await loop.call { [self] in loopStatus() }
     }
 
     // MARK: Sessions
 
-    private func begin(descriptor: Int32, peer: String, negotiated: Negotiated, leftover: [UInt8]) {
-        guard !stopping, peer == Self.kernel || sessions.count < maximumSessions else {
+    func begin(descriptor: Int32, peer: String, negotiated: Negotiated, leftover: [UInt8]) {
+        guard !stopping, peer == KernelSide.peer || sessions.count < maximumSessions else {
             Glibc.close(descriptor)
             logger.warning(
                 "client refused: \(stopping ? "the volume is being unmapped" : "\(maximumSessions) are connected")",
@@ -161,6 +155,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
         do {
             sessions.append(session)
             try session.start(leftover: leftover)
+            if peer == KernelSide.peer { kernel.sessions.append(session) }
             logger.info("client connected", metadata: ["peer": "\(peer)", "connections": "\(sessions.count)"])
             report(.sessions(sessions.count))
         } catch {
@@ -199,13 +194,8 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
         endedSessions = []
         sessions.removeAll { session in ended.contains { $0 === session } }
         activity &+= 1
-        let lostKernel = ended.contains { $0.peer == Self.kernel } && !kernelDetached && !stopping
         report(.sessions(sessions.count))
-        if lostKernel { report(.kernelConnectionLost) }
-        if !sessions.contains(where: { $0.peer == Self.kernel }) {
-            for closure in kernelGone { closure() }
-            kernelGone = []
-        }
+        kernelSessionsEnded(ended.count { $0.peer == KernelSide.peer })
     }
 
     /// A second without a request: memory that only I/O needs goes back to the system.
@@ -217,36 +207,6 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
         }
         for session in sessions { session.releaseIdleMemory() }
         buffers.trim()
-    }
-
-    // MARK: The kernel's sessions
-
-    /// Serves the kernel on connected sockets, with simple replies as it wants them. From any thread.
-    func attachKernel(_ sockets: [Int32]) {
-        let negotiated = Negotiated(export: export, structured: false, baseAllocation: false)
-        let accepted = loop.post { [self] in
-            kernelDetached = false
-            for socket in sockets {
-                begin(descriptor: socket, peer: Self.kernel, negotiated: negotiated, leftover: [])
-            }
-        }
-        if !accepted { for socket in sockets { Glibc.close(socket) } }
-    }
-
-    /// Reads no more from the kernel, answers what was read, and closes its sessions; returns when they are gone. What
-    /// was not read stays with the kernel, which sends it again on the next connections.
-    func detachKernel() async {
-        await withCheckedContinuation { continuation in
-            let accepted = loop.post { [self] in
-                kernelDetached = true
-                let kernel = sessions.filter { $0.peer == Self.kernel }
-                guard !kernel.isEmpty else { return continuation.resume() }
-                kernelGone.append { continuation.resume() }
-                for session in kernel { session.drain() }
-                loop.runAgain()
-            }
-            if !accepted { continuation.resume() }
-        }
     }
 
     // MARK: The end
@@ -284,17 +244,18 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
 
     package func placement(offset: UInt64, length: UInt32) -> UnsafeMutableRawPointer? {
         switch state {
-        case .normal: backend?.placement(offset: offset, length: length)
+        case .normal: kernel.closing > 0 ? nil : backend?.placement(offset: offset, length: length)
         }
     }
 
     package func submit(_ request: UnsafeMutablePointer<Request>) {
+        if kernel.closing > 0 { return waitForClosing(request) }
         admit(request)
     }
 
     /// The gate, then the throttle: what may not run now is held back here.
     @inline(__always)
-    private func admit(_ request: UnsafeMutablePointer<Request>) {
+    func admit(_ request: UnsafeMutablePointer<Request>) {
         switch state {
         case .normal: issue(request)
         }
@@ -334,15 +295,16 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
 
     private func loopStatus() -> VolumeLoopStatus {
         VolumeLoopStatus(
-            state: state, since: since, connections: sessions.count { $0.peer != Self.kernel }, counters: counters,
+            state: state, since: since, connections: sessions.count { $0.peer != KernelSide.peer }, counters: counters,
             inFlight: requests.inUse,
             readLatency: readLatency.summary(), writeLatency: writeLatency.summary(),
-            flushLatency: flushLatency.summary(), clients: sessions.map(\.peer).filter { $0 != Self.kernel })
+            flushLatency: flushLatency.summary(), clients: sessions.map(\.peer).filter { $0 != KernelSide.peer },
+            kernelConnections: kernel.sessions.count, answered: activity)
     }
 }
 
 /// What a volume tells its manager of its sessions.
-enum SessionEvent: Sendable {
+package enum SessionEvent: Sendable {
     /// How many there are now.
     case sessions(Int)
     /// A session with the kernel ended by itself.
@@ -350,14 +312,18 @@ enum SessionEvent: Sendable {
 }
 
 /// What only the loop knows of a volume.
-struct VolumeLoopStatus: Sendable {
+package struct VolumeLoopStatus: Sendable {
     let state: GateState
     let since: Int64
     let connections: Int
     let counters: VolumeCounters
-    let inFlight: Int
+    package let inFlight: Int
     let readLatency: LatencySummary
     let writeLatency: LatencySummary
     let flushLatency: LatencySummary
     let clients: [String]
+    /// Of the device; the closed ones, of which requests may still be in flight, not among them.
+    package let kernelConnections: Int
+    /// Changes with every request that is answered.
+    let answered: UInt64
 }

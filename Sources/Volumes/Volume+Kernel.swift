@@ -1,0 +1,149 @@
+import CLinux
+import EventLoop
+import Glibc
+import NBD
+
+/// What a volume's loop knows of its device's connections.
+struct KernelSide {
+    /// The peer's name of a session with the kernel.
+    static let peer = "kernel"
+    /// Connections of one device, old and new ones during a change among them.
+    static let maximumSessions = 8
+
+    /// Those that are open.
+    var sessions: ContiguousArray<Session> = []
+    /// How many are closed and have requests in flight.
+    var closing = 0
+    /// Requests of open connections that wait for `closing` to be 0, oldest first.
+    var firstWaiting: UnsafeMutablePointer<Request>?
+    var lastWaiting: UnsafeMutablePointer<Request>?
+    /// They are meant to end.
+    var isDetached = false
+    /// Called when no session is open.
+    var gone: [@Sendable () -> Void] = []
+    var drainTimer: LoopTimer?
+}
+
+// The kernel sends what was in flight on a connection that ended again on another. The first copy of a request may still
+// be under way in the backend then. If it landed after the second was answered, it could undo a newer write to the same
+// blocks. So:
+// - requests of a closed connection that have not begun never begin;
+// - requests of other connections begin when nothing of a closed one is in flight;
+// - with several connections, the kernel may have given one up and used the next before its end was seen here: what was
+//   received is looked at only after the others were found to be open.
+extension Volume {
+    // MARK: From the manager
+
+    /// Serves the kernel on connected sockets, with simple replies as it wants them. From any thread.
+    package func attachKernel(_ sockets: [Int32]) {
+        let negotiated = Negotiated(export: export, structured: false, baseAllocation: false)
+        let accepted = loop.post { [self] in
+            kernel.isDetached = false
+            for socket in sockets {
+                begin(descriptor: socket, peer: KernelSide.peer, negotiated: negotiated, leftover: [])
+            }
+        }
+        if !accepted { for socket in sockets { Glibc.close(socket) } }
+    }
+
+    /// Reads no more from the kernel, answers what was read, and closes its sessions; returns when they are closed. What
+    /// was not read, or not answered within `grace` seconds, stays with the kernel, which sends it again on the next
+    /// connections.
+    package func detachKernel(grace: UInt64) async {
+        await withCheckedContinuation { continuation in
+            let accepted = loop.post { [self] in
+                kernel.isDetached = true
+                guard !kernel.sessions.isEmpty else { return continuation.resume() }
+                kernel.gone.append { continuation.resume() }
+                for session in kernel.sessions { session.drain() }
+                let timer = LoopTimer(loop: loop) { [unowned self] in
+                    closeKernel("has requests that were not answered within \(grace) s")
+                }
+                timer.arm(after: grace * 1_000_000_000)
+                kernel.drainTimer = timer
+                loop.runAgain()
+            }
+            if !accepted { continuation.resume() }
+        }
+    }
+
+    /// Closes the kernel's sessions at once. Its requests go on without an answer; it fails them, or sends them again on
+    /// other connections.
+    package func severKernel() async {
+        _ = await loop.call { [self] in
+            kernel.isDetached = true
+            closeKernel("given up")
+        }
+    }
+
+    /// The end of a connection is no loss from here on: the device is being disconnected.
+    func expectKernelToLeave() async {
+        _ = await loop.call { [self] in kernel.isDetached = true }
+    }
+
+    // MARK: On the loop
+
+    private func closeKernel(_ reason: String) {
+        for session in kernel.sessions { session.abort(reason) }
+    }
+
+    package func received(_ session: Session) {
+        if kernel.sessions.count > 1 { closeGivenUp() }
+    }
+
+    /// Closes the connections that the kernel has shut down. It does so before it sends what was in flight there again,
+    /// so whoever has received a second copy sees here that the connection of the first is down.
+    private func closeGivenUp() {
+        let open = kernel.sessions
+        withUnsafeTemporaryAllocation(of: pollfd.self, capacity: open.count) { ends in
+            for index in 0..<open.count { ends[index] = pollfd(fd: open[index].descriptor, events: 0, revents: 0) }
+            guard poll(ends.baseAddress, nfds_t(open.count), 0) > 0 else { return }
+            for index in 0..<open.count where ends[index].revents != 0 { open[index].abort("given up by the kernel") }
+        }
+    }
+
+    package func sessionClosed(_ session: Session) {
+        guard session.peer == KernelSide.peer else { return }
+        kernel.sessions.removeAll { $0 === session }
+        kernel.closing += 1
+        dropWaiting(of: session)
+        if !kernel.isDetached, !stopping { report(.kernelConnectionLost) }
+        guard kernel.sessions.isEmpty else { return }
+        kernel.drainTimer?.cancel()
+        kernel.drainTimer = nil
+        for closure in kernel.gone { closure() }
+        kernel.gone = []
+    }
+
+    /// - Parameter count: sessions of the kernel that are closed and have nothing in flight any more.
+    func kernelSessionsEnded(_ count: Int) {
+        guard count > 0 else { return }
+        kernel.closing -= count
+        guard kernel.closing == 0 else { return }
+        var next = kernel.firstWaiting
+        kernel.firstWaiting = nil
+        kernel.lastWaiting = nil
+        while let request = next {
+            next = request.pointee.next
+            admit(request)
+        }
+        loop.runAgain()
+    }
+
+    /// Holds a request back until nothing of a closed connection is in flight.
+    func waitForClosing(_ request: UnsafeMutablePointer<Request>) {
+        request.pointee.next = nil
+        if let last = kernel.lastWaiting { last.pointee.next = request } else { kernel.firstWaiting = request }
+        kernel.lastWaiting = request
+    }
+
+    private func dropWaiting(of session: Session) {
+        var next = kernel.firstWaiting
+        kernel.firstWaiting = nil
+        kernel.lastWaiting = nil
+        while let request = next {
+            next = request.pointee.next
+            if request.pointee.isAbandoned { request.reply() } else { waitForClosing(request) }
+        }
+    }
+}

@@ -1,0 +1,243 @@
+import Backend
+import EventLoop
+import Glibc
+import Logging
+import NBD
+import Synchronization
+import Testing
+import Volumes
+
+/// The kernel sends requests of a dead connection again on another; see `Volume+Kernel.swift`.
+@Suite(.timeLimit(.minutes(1))) struct KernelConnectionTests {
+    @Test func requestsSentAgainWaitForTheFirstCopies() async throws {
+        try await withVolume { volume, backend in
+            let first = try KernelEnd(volume)
+            first.write(mark: 1)
+            await backend.waitUntilBegun([1])
+            first.shutDown()
+            let second = try KernelEnd(volume)
+            second.write(mark: 2)
+            second.write(mark: 3)
+            await waitUntil { await volume.status()?.inFlight == 3 }
+            #expect(backend.begun == [1])
+            backend.complete(1)
+            await backend.waitUntilBegun([1, 2, 3])
+            backend.complete(2)
+            backend.complete(3)
+            #expect(second.readReplies(2) == [2, 3])
+        }
+    }
+
+    @Test func whatWasNotBegunOnADeadConnectionNeverBegins() async throws {
+        try await withVolume { volume, backend in
+            let first = try KernelEnd(volume)
+            first.write(mark: 1)
+            await backend.waitUntilBegun([1])
+            first.shutDown()
+            let second = try KernelEnd(volume)
+            second.write(mark: 2)
+            await waitUntil { await volume.status()?.inFlight == 2 }
+            second.shutDown()
+            await waitUntil { await volume.status()?.inFlight == 1 }
+            let third = try KernelEnd(volume)
+            third.write(mark: 3)
+            await waitUntil { await volume.status()?.inFlight == 2 }
+            backend.complete(1)
+            await backend.waitUntilBegun([1, 3])
+            backend.complete(3)
+            #expect(third.readReplies(1) == [3])
+        }
+    }
+
+    @Test func aConnectionGivenUpIsNotReadWhenAnotherHasTheSecondCopy() async throws {
+        try await withVolume { volume, backend in
+            let (first, second) = (try KernelEnd(volume), try KernelEnd(volume))
+            await waitUntil { await volume.status()?.kernelConnections == 2 }
+            // While the loop is busy, all of this happens; it sees the second connection first then.
+            backend.blockAt(1)
+            second.write(mark: 1)
+            await backend.waitUntilBegun([1])
+            second.write(mark: 2)
+            first.write(mark: 3)
+            first.shutDown()
+            second.write(mark: 4)
+            backend.unblock()
+            await backend.waitUntilBegun([1, 2, 4])
+            for mark: UInt8 in [1, 2, 4] { backend.complete(mark) }
+            #expect(second.readReplies(3) == [1, 2, 4])
+            #expect(backend.begun == [1, 2, 4])
+        }
+    }
+
+    @Test func aStuckConnectionIsGivenUpAfterItsGrace() async throws {
+        try await withVolume { volume, backend in
+            let first = try KernelEnd(volume)
+            first.write(mark: 1)
+            await backend.waitUntilBegun([1])
+            await volume.detachKernel(grace: 0)
+            #expect(await volume.status()?.kernelConnections == 0)
+            #expect(first.isClosed)
+            #expect(await volume.status()?.inFlight == 1)
+            backend.complete(1)
+            await waitUntil { await volume.status()?.inFlight == 0 }
+        }
+    }
+
+    @Test func connectionsThatEndByThemselvesAreReported() async throws {
+        let lost = Mutex(0)
+        try await withVolume {
+            if case .kernelConnectionLost = $0 { lost.withLock { $0 += 1 } }
+        } _: { volume, backend in
+            let ends = [try KernelEnd(volume), try KernelEnd(volume)]
+            await waitUntil { await volume.status()?.kernelConnections == 2 }
+            // Also while what it sent is still under way.
+            ends[0].write(mark: 1)
+            await backend.waitUntilBegun([1])
+            ends[0].shutDown()
+            await waitUntil { lost.withLock { $0 } == 1 }
+            ends[1].shutDown()
+            await waitUntil { lost.withLock { $0 } == 2 }
+            backend.complete(1)
+            let third = try KernelEnd(volume)
+            await waitUntil { await volume.status()?.kernelConnections == 1 }
+            await volume.severKernel()
+            #expect(third.isClosed)
+        }
+        #expect(lost.withLock { $0 } == 2)
+    }
+
+    private func withVolume(
+        report: @escaping @Sendable (SessionEvent) -> Void = { _ in },
+        _ body: (Volume, HeldBackend) async throws -> Void
+    ) async throws {
+        let opened = HeldVolume()
+        var logger = Logger(label: "test")
+        logger.logLevel = .critical
+        let volume = try await Volume.start(
+            name: "pool/volume", opened: opened, maximumSessions: 1, logger: logger, report: report)
+        try await body(volume, opened.backend)
+        await volume.stop(grace: 0)
+    }
+}
+
+/// Asks in short steps until a condition holds; the suite's time limit ends it.
+private func waitUntil(_ condition: () async -> Bool) async {
+    while !(await condition()) { usleep(1000) }
+}
+
+private final class HeldVolume: OpenVolume {
+    let backend = HeldBackend()
+    let record = VolumeRecord(id: 1 << 24, volume: "volume", size: 1 << 20, blockSize: 512, created: 0)
+    let protocolName = "held"
+    let readOnly = false
+
+    func start(on loop: EventLoop, buffers: BufferPool, client: any BackendClient) throws(BackendError) -> any Backend {
+        backend.start(loop, client)
+        return backend
+    }
+
+    func grow(to size: UInt64?) throws(BackendError) -> VolumeRecord { record }
+    func close() {}
+}
+
+/// Completes nothing until it is told to. Writes are known by their first byte.
+private final class HeldBackend: Backend, @unchecked Sendable {
+    private struct State {
+        var begun: [UInt8] = []
+        /// Addresses.
+        var held: [UInt8: UInt] = [:]
+        var blockedAt: UInt8?
+    }
+    private let state = Mutex(State())
+    private let unblocked = Semaphore()
+    private var loop: EventLoop?
+    private weak var client: (any BackendClient)?
+    let geometry = Geometry(size: 1 << 20, blockSize: 512)
+
+    var begun: [UInt8] { state.withLock { $0.begun } }
+
+    func start(_ loop: EventLoop, _ client: any BackendClient) {
+        self.loop = loop
+        self.client = client
+    }
+
+    func submit(_ io: UnsafeMutablePointer<IO>) {
+        let address = UInt(bitPattern: io)
+        let mark = io.pointee.segment.base.load(as: UInt8.self)
+        let blocks = state.withLock { state in
+            state.begun.append(mark)
+            state.held[mark] = address
+            return state.blockedAt == mark
+        }
+        if blocks { unblocked.wait() }
+    }
+
+    func complete(_ mark: UInt8) {
+        loop?.post { [self] in
+            let address = state.withLock { $0.held.removeValue(forKey: mark) }
+            if let io = address.flatMap({ UnsafeMutablePointer<IO>(bitPattern: $0) }) { client?.completed(io) }
+        }
+    }
+
+    /// Holds the loop itself while this write is being begun.
+    func blockAt(_ mark: UInt8) { state.withLock { $0.blockedAt = mark } }
+    func unblock() { unblocked.signal() }
+
+    func waitUntilBegun(_ marks: [UInt8]) async { await waitUntil { begun == marks } }
+
+    func placement(offset: UInt64, length: UInt32) -> UnsafeMutableRawPointer? { nil }
+    func resized(to size: UInt64) {}
+    func close() {}
+}
+
+/// The kernel's end of a connection.
+private final class KernelEnd {
+    private let socket: Int32
+
+    init(_ volume: Volume) throws {
+        let pair = try SocketPair.make(count: 1)[0]
+        socket = pair.kernel
+        volume.attachKernel([pair.server])
+    }
+
+    deinit { close(socket) }
+
+    /// A write of 512 bytes of `mark`, which is its cookie, too.
+    func write(mark: UInt8) {
+        var bytes: [UInt8] = [0x25, 0x60, 0x95, 0x13, 0, 0, 0, 1]
+        bytes += [0, 0, 0, 0, 0, 0, 0, mark]
+        bytes += [0, 0, 0, 0, 0, 0, 0, 0]
+        bytes += [0, 0, 2, 0]
+        bytes += [UInt8](repeating: mark, count: 512)
+        #expect(send(socket, bytes, bytes.count, Int32(MSG_NOSIGNAL)) == bytes.count)
+    }
+
+    /// What the driver does to a connection it gives up.
+    func shutDown() { shutdown(socket, Int32(SHUT_RDWR)) }
+
+    /// The cookies of successful replies.
+    func readReplies(_ count: Int) -> [UInt8] {
+        var cookies: [UInt8] = []
+        for _ in 0..<count {
+            let reply = read(16)
+            #expect(Array(reply.prefix(8)) == [0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0])
+            cookies.append(reply.last ?? 0)
+        }
+        return cookies
+    }
+
+    /// Whether the other side has closed without a word.
+    var isClosed: Bool { read(1).isEmpty }
+
+    private func read(_ count: Int) -> [UInt8] {
+        var bytes: [UInt8] = []
+        while bytes.count < count {
+            var byte: UInt8 = 0
+            var ready = pollfd(fd: socket, events: Int16(POLLIN), revents: 0)
+            poll(&ready, 1, 10_000)
+            guard recv(socket, &byte, 1, 0) == 1 else { return bytes }
+            bytes.append(byte)
+        }
+        return bytes
+    }
+}
