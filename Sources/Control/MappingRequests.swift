@@ -40,7 +40,11 @@ package struct MapRequest: ControlRequest {
 
 /// Unmap a volume.
 package struct UnmapRequest: ControlRequest {
-    package typealias Answer = Done
+    package struct Answer: Codable, Sendable, Equatable {
+        /// Who lost the device by force.
+        package var warning: String?
+        package init(warning: String? = nil) { self.warning = warning }
+    }
     package static let command = Command.unmap
 
     package var volume: String

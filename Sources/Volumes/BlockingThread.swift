@@ -1,7 +1,9 @@
+import Backend
 import EventLoop
 import Synchronization
 
-/// One thread for work that may block: opening volumes, directories, locks. Work runs in the order given.
+/// One thread for work that may block: opening volumes, directories, locks. Work runs in the order given. What waits for
+/// a device's own I/O, and so for a volume that may not answer, runs `alone`.
 final class BlockingThread: Sendable {
     private let queue = Mutex<[@Sendable () -> Void]>([])
     private let available = Semaphore()
@@ -31,5 +33,90 @@ final class BlockingThread: Sendable {
             available.signal()
         }
         return try answer.take { preconditionFailure("the blocking thread gave no answer") }.get()
+    }
+
+    /// Runs work on a thread of its own, so that work that may wait for ever holds up nothing else.
+    /// - Parameter watch: asked a few times a second while the work lasts. With an error the wait is over; the work goes
+    ///   on until it ends by itself, and its value is dropped.
+    static func alone<Value: Sendable>(
+        watch: (@Sendable () async -> BackendError?)? = nil,
+        _ body: @escaping @Sendable () throws(BackendError) -> Value
+    ) async throws(BackendError) -> Value {
+        let race = Race<Result<Value, BackendError>>()
+        let watcher = watch.map { watch in
+            Task {
+                // Cancelled when the work is done.
+                while (try? await Task.sleep(nanoseconds: 200_000_000)) != nil {
+                    if let error = await watch() { return race.finish(.failure(error)) }
+                }
+            }
+        }
+        defer { watcher?.cancel() }
+        return try await race.result {
+            do throws(SystemError) {
+                try Thread(name: "qbd:device") {
+                    do throws(BackendError) { race.finish(.success(try body())) } catch { race.finish(.failure(error)) }
+                }.detach()
+            } catch { race.finish(.failure(BackendError(error))) }
+        }.get()
+    }
+}
+
+extension Task where Success == Void, Failure == Never {
+    /// Waits until the task is done; false when it is not after `seconds`.
+    func isDone(within seconds: UInt64) async -> Bool {
+        let race = Race<Bool>()
+        let timer = Task {
+            // Cancelled when the other is first.
+            if (try? await Task<Never, Never>.sleep(nanoseconds: seconds * 1_000_000_000)) != nil { race.finish(false) }
+        }
+        defer { timer.cancel() }
+        return await race.result {
+            Task {
+                await value
+                race.finish(true)
+            }
+        }
+    }
+}
+
+/// Takes the first of several results.
+private final class Race<Value: Sendable>: Sendable {
+    private enum State {
+        case running
+        case awaited(CheckedContinuation<Value, Never>)
+        case finished(Value)
+        case over
+    }
+    private let state = Mutex(State.running)
+
+    func finish(_ value: Value) {
+        let waiting: CheckedContinuation<Value, Never>? = state.withLock { state in
+            switch state {
+            case .running: state = .finished(value)
+            case .awaited(let continuation):
+                state = .over
+                return continuation
+            case .finished, .over: break
+            }
+            return nil
+        }
+        waiting?.resume(returning: value)
+    }
+
+    /// Call once.
+    func result(_ start: () -> Void) async -> Value {
+        start()
+        return await withCheckedContinuation { continuation in
+            let value: Value? = state.withLock { state in
+                if case .finished(let value) = state {
+                    state = .over
+                    return value
+                }
+                state = .awaited(continuation)
+                return nil
+            }
+            if let value { continuation.resume(returning: value) }
+        }
     }
 }

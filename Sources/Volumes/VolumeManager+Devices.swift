@@ -3,6 +3,7 @@ import EventLoop
 import Glibc
 import Logging
 import NBD
+import Synchronization
 
 /// A mapping's block device.
 struct AttachedDevice: Sendable {
@@ -28,10 +29,17 @@ package struct DeviceSettings: Sendable {
 
 // The kernel's side of a mapping. All blocking calls run on the blocking-work thread.
 extension VolumeManager {
-    /// Milliseconds after which the kernel sends a request again whose connection has died.
-    private static let resendInterval: UInt32 = 2000
+    /// Milliseconds after which the kernel sends a request again whose connection has died. A request that waits longer
+    /// for its answer on a connection that lives costs a line of the kernel's log, and, where there are several
+    /// connections, this one: see `QueueSettings.setResendInterval`.
+    /// - Parameter heldBack: the volume is suspended, so that all requests wait for minutes.
+    private static func resendInterval(_ device: KernelDevice, heldBack: Bool) -> UInt32 {
+        device.queues > 1 ? (heldBack ? 600_000 : 30_000) : heldBack ? 30_000 : 2000
+    }
     /// Seconds a disconnected device has to become free.
     private static let freeTimeout = 10.0
+    /// Seconds the kernel has to say goodbye on the connections.
+    private static let goodbyeTimeout = 5.0
 
     private static func unwrapping<Value>(
         _ body: () throws(KernelDeviceError) -> Value
@@ -52,12 +60,24 @@ extension VolumeManager {
         }
     }
 
+    /// Tells the kernel before requests are held back that they will be, and afterwards that they are not any more.
+    func setResendInterval(_ attached: AttachedDevice, _ volume: Volume, heldBack: Bool) async {
+        let device = attached.device
+        let remarks = await blocking.run { () -> [String] in
+            guard device.backend == attached.identifier.description else { return [] }
+            return QueueSettings(device).setResendInterval(Self.resendInterval(device, heldBack: heldBack))
+        }
+        for remark in remarks { volume.logger.warning("\(remark)") }
+    }
+
     /// Makes a device of a volume that is served already; when this returns it can be formatted.
     /// - Parameter wanted: `/dev/nbdX`, or nil for any.
     func attachDevice(
         _ volume: Volume, _ identifier: DeviceIdentifier, wanted: String?
     ) async throws(BackendError) -> AttachedDevice {
         let settings = deviceSettings
+        // Connections beyond the number of hardware queues, which is that of processors, are never used.
+        let connections = min(settings.connections, max(sysconf(Int32(_SC_NPROCESSORS_ONLN)), 1))
         let export = volume.export
         let made = try await blocking.run { () throws(BackendError) in
             let index = try wanted.map { (path) throws(BackendError) in
@@ -72,7 +92,7 @@ extension VolumeManager {
                         index: index, sockets: [], size: export.size, blockSize: export.minimumBlock,
                         serverFlags: export.transmissionFlags(structured: false),
                         deadConnectionTimeout: settings.reattachTimeout, identifier: identifier.description),
-                    connections: settings.connections)
+                    connections: connections)
             }
         }
         volume.attachKernel(made.sockets)
@@ -80,12 +100,12 @@ extension VolumeManager {
         do throws(BackendError) {
             try await finish(attached, volume)
         } catch {
-            await blocking.run {
-                do throws(KernelDeviceError) {
-                    try KernelDevices().disconnect(index: made.index, identifier: identifier.description)
-                } catch { volume.logger.error("\(attached.device.path) is left connected: \(error.message)") }
-                for remark in DeviceNames().remove(attached.device, identifier) { volume.logger.warning("\(remark)") }
-            }
+            await volume.severKernel()
+            do throws(BackendError) {
+                let remarks = try await BlockingThread.alone { () throws(BackendError) in try Self.disconnect(attached)
+                }
+                for remark in remarks { volume.logger.warning("\(remark)") }
+            } catch { volume.logger.error("\(attached.device.path) is left connected: \(error.message)") }
             throw error
         }
         return attached
@@ -95,13 +115,15 @@ extension VolumeManager {
     private func finish(_ attached: AttachedDevice, _ volume: Volume) async throws(BackendError) {
         let size = volume.export.size
         let readOnly = volume.export.readOnly
-        let remarks = try await blocking.run { () throws(BackendError) in
+        let heldBack = await volume.status().map { $0.state != .normal } ?? false
+        let remarks = try await BlockingThread.alone { () throws(BackendError) in
             let device = attached.device
             guard device.wait(10, until: { $0.size == size }) else {
                 throw BackendError(
                     code: ETIMEDOUT, message: "\(device.path) has \(device.size) bytes after 10 s instead of \(size)")
             }
-            var remarks = QueueSettings(device).apply(resendInterval: Self.resendInterval)
+            var remarks = QueueSettings(device).apply(
+                resendInterval: Self.resendInterval(device, heldBack: heldBack))
             do throws(SystemError) {
                 try QueueSettings(device).setReadOnly(readOnly)
                 try QueueSettings(device).scanPartitions()
@@ -123,72 +145,146 @@ extension VolumeManager {
         for remark in remarks { volume.logger.warning("\(remark)") }
     }
 
-    /// Ends the device of a mapping. EBUSY, saying who uses it, unless forced.
-    func detachDevice(_ attached: AttachedDevice, force: Bool, logger: Logger) async throws(BackendError) {
-        try await blocking.run { () throws(BackendError) in
-            let device = attached.device
-            let identifier = attached.identifier.description
-            guard device.backend == identifier else {
-                logger.warning("\(device.path) is not connected any more")
-                for remark in DeviceNames().remove(device, attached.identifier) { logger.warning("\(remark)") }
-                return
+    /// Ends the device of a mapping. EBUSY, saying why, when somebody uses it, or when the kernel holds writes for a volume
+    /// that does not answer, unless forced.
+    /// - Parameter volume: nil when nothing serves the device.
+    /// - Returns: who lost it by force; nil for nobody.
+    func detachDevice(
+        _ attached: AttachedDevice, _ volume: Volume?, _ logger: Logger, force: Bool
+    ) async throws(BackendError) -> String? {
+        let device = attached.device
+        guard await blocking.run({ device.backend == attached.identifier.description }) else {
+            logger.warning("\(device.path) is not connected any more")
+            for remark in await blocking.run({ DeviceNames().remove(device, attached.identifier) }) {
+                logger.warning("\(remark)")
             }
-            let names = DeviceNames.paths(device, attached.identifier)
-            let users = DeviceUsers(device, names: names).phrases()
-            if !users.isEmpty {
-                let text = "\(attached.identifier.volume) is in use: \(users.joined(separator: ", "))"
-                guard force else { throw BackendError(code: EBUSY, message: text) }
-                logger.warning("unmapped by force; \(text)")
+            return nil
+        }
+        let users = await blocking.run {
+            DeviceUsers(device, names: DeviceNames.paths(device, attached.identifier)).phrases()
+        }
+        var warning: String?
+        if !users.isEmpty {
+            let text = "\(attached.identifier.volume) is in use: \(users.joined(separator: ", "))"
+            guard force else { throw BackendError(code: EBUSY, message: text) }
+            warning = "unmapped by force; \(text)"
+            logger.warning("\(warning ?? "")")
+        }
+        // The last who closes a device writes back what its cache holds. Where nobody serves it, that is in vain.
+        var claim: DeviceClaim?
+        if let volume, !force { claim = try await flush(attached, volume) }
+        await volume?.expectKernelToLeave()
+        // Where nothing waits for an answer, nothing keeps the kernel from letting go.
+        if force { await volume?.severKernel() }
+        let late = Deadline(seconds: Self.goodbyeTimeout)
+        let remarks = try await BlockingThread.alone {
+            if late.passed { await volume?.severKernel() }
+            return nil
+        } _: { [claim] () throws(BackendError) in
+            try Self.disconnect(attached, claim)
+        }
+        for remark in remarks { logger.warning("\(remark)") }
+        return warning
+    }
+
+    /// Makes sure that the kernel holds nothing for a device, and that nobody can begin to use it.
+    private func flush(_ attached: AttachedDevice, _ volume: Volume) async throws(BackendError) -> DeviceClaim {
+        let answers = AnswerWatch(volume)
+        // A flush of what is held back would wait for it; what is not written yet is all that has to be known then.
+        let state = await volume.status()?.state ?? .normal
+        return try await BlockingThread.alone {
+            await answers.problem
+        } _: { () throws(BackendError) in
+            do throws(SystemError) {
+                let claim = try DeviceClaim(attached.device)
+                if state == .normal { try claim.flush() } else { try claim.flushDirty() }
+                return claim
+            } catch {
+                guard error.code == EBUSY else {
+                    throw BackendError(
+                        code: error.code,
+                        message: "\(volume.name) is not unmapped: \(error); with --force that is given up")
+                }
+                throw BackendError(
+                    code: EBUSY,
+                    message: "\(volume.name) is in use: \(attached.device.path) was just taken by somebody")
             }
-            if force {
-                try Self.disconnect(device, identifier)
-            } else {
-                try Self.disconnectClaimed(device, identifier, attached.identifier.volume)
-            }
-            if !device.waitUntilFree(Self.freeTimeout) {
-                logger.warning("\(device.path) is disconnected, and still open somewhere")
-            }
-            for remark in DeviceNames().remove(device, attached.identifier) { logger.warning("\(remark)") }
         }
     }
 
-    /// The claim keeps others from mounting it between the look at its users and its end.
-    private static func disconnectClaimed(
-        _ device: KernelDevice, _ identifier: String, _ volume: String
-    ) throws(BackendError) {
-        do throws(SystemError) {
-            let claim = try DeviceClaim(device)
-            try claim.flush()
-            do throws(BackendError) { try disconnect(device, identifier) } catch {
-                throw SystemError(code: error.code, operation: error.message)
-            }
-        } catch {
-            guard error.code == EBUSY else { throw BackendError(error) }
-            throw BackendError(code: EBUSY, message: "\(volume) is in use: \(device.path) was just taken by somebody")
-        }
-    }
-
-    private static func disconnect(_ device: KernelDevice, _ identifier: String) throws(BackendError) {
+    /// Disconnects a device and removes all that is left of it.
+    /// - Parameter claim: released when it is disconnected; it keeps others from mounting the device meanwhile.
+    /// - Returns: one line for each thing that is not as it should be.
+    private static func disconnect(
+        _ attached: AttachedDevice, _ claim: DeviceClaim? = nil
+    ) throws(BackendError) -> [String] {
+        let device = attached.device
         try unwrapping { () throws(KernelDeviceError) in
-            try KernelDevices().disconnect(index: device.index, identifier: identifier)
+            try KernelDevices().disconnect(index: device.index, identifier: attached.identifier.description)
         }
+        claim?.release()
+        var remarks: [String] = []
+        if !device.waitUntilFree(Self.freeTimeout) {
+            remarks.append("\(device.path) is disconnected, and still open somewhere")
+        } else if !device.partitions.isEmpty {
+            // The kernel forgets partitions of a disk that has gone when it is opened next.
+            do throws(SystemError) { try QueueSettings(device).scanPartitions() } catch { remarks.append("\(error)") }
+        }
+        return remarks + DeviceNames().remove(device, attached.identifier)
     }
 
-    /// Gives the device of a mapping, whose old connections have ended, new ones.
-    func reconnect(_ attached: AttachedDevice, _ volume: Volume) async throws(BackendError) {
+    /// Gives the device of a mapping new connections for those that have ended.
+    /// - Parameter open: connections that have not ended.
+    func reconnect(_ attached: AttachedDevice, _ volume: Volume, open: Int = 0) async throws(BackendError) {
         let settings = deviceSettings
         let sockets = try await blocking.run { () throws(BackendError) in
-            try Self.unwrapping { () throws(KernelDeviceError) in
-                // As many as the device was made with.
-                let connections = max(attached.device.queues, 1)
-                return try KernelDevices().reconnect(
+            // As many as the device was made with.
+            let missing = max(attached.device.queues, 1) - open
+            guard missing > 0 else { return [Int32]() }
+            return try Self.unwrapping { () throws(KernelDeviceError) in
+                try KernelDevices().reconnect(
                     index: attached.device.index, identifier: attached.identifier.description,
-                    connections: connections, deadConnectionTimeout: settings.reattachTimeout)
+                    connections: missing, deadConnectionTimeout: settings.reattachTimeout)
             }
         }
+        guard !sockets.isEmpty else { return }
         volume.attachKernel(sockets)
         let size = volume.export.size
-        try await blocking.run { () throws(BackendError) in try Self.grow(attached, to: size) }
+        try await BlockingThread.alone { () throws(BackendError) in try Self.grow(attached, to: size) }
         try await finish(attached, volume)
+    }
+}
+
+/// Judges whether a volume answers requests.
+private final class AnswerWatch: Sendable {
+    private struct Seen {
+        var answered: UInt64?
+        var at = Deadline(seconds: 0)
+    }
+    /// Seconds without an answer: of a volume that holds requests back, and of one that only takes long.
+    private static let (heldBack, slow) = (2.0, 30.0)
+
+    private let volume: Volume
+    private let seen = Mutex(Seen())
+
+    init(_ volume: Volume) { self.volume = volume }
+
+    /// EBUSY when nothing has been answered for some time.
+    var problem: BackendError? {
+        get async {
+            guard let status = await volume.status() else { return nil }
+            let seconds = status.state == .normal ? Self.slow : Self.heldBack
+            let late = seen.withLock { seen in
+                if seen.answered == status.answered { return seen.at.passed }
+                seen = Seen(answered: status.answered, at: Deadline(seconds: seconds))
+                return false
+            }
+            guard late else { return nil }
+            let reason = status.state == .normal ? "does not answer" : "is in the state \(status.state.rawValue)"
+            return BackendError(
+                code: EBUSY,
+                message: "\(volume.name) is not unmapped: the kernel holds writes for it that are not written yet, and"
+                    + " the volume \(reason); unmap it when it answers again, or give them up with --force")
+        }
     }
 }

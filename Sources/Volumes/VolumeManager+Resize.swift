@@ -54,7 +54,7 @@ extension VolumeManager {
     /// Gives the device the size of its volume; `/dev` has it on return, and the names of its partitions.
     private func grow(_ attached: AttachedDevice, _ volume: Volume, rescan: Bool) async throws(BackendError) {
         let size = volume.export.size
-        try await blocking.run { () throws(BackendError) in
+        try await BlockingThread.alone { () throws(BackendError) in
             try Self.grow(attached, to: size)
             guard rescan else { return }
             do throws(SystemError) { try QueueSettings(attached.device).rescanPartitions() } catch {
@@ -68,7 +68,7 @@ extension VolumeManager {
         await renew(attached, volume)
     }
 
-    /// On the blocking-work thread, while the volume's I/O runs: the kernel waits for all that is in flight.
+    /// On a thread of its own, while the volume's I/O runs: the kernel waits for all that is in flight.
     static func grow(_ attached: AttachedDevice, to size: UInt64) throws(BackendError) {
         let device = attached.device
         guard device.size != size else { return }

@@ -71,6 +71,7 @@ extension VolumeManager {
             }
             guard let kernel = await blocking.run({ KernelDevice.find(identifier) }) else {
                 logger.notice("its device is gone; forgotten", metadata: ["volume": "\(document.name)"])
+                await blocking.run { DeviceNames().remove(identifier) }
                 await forget(pool: document.pool, volume: document.volume, logger)
                 return
             }
@@ -139,6 +140,34 @@ extension VolumeManager {
         }
     }
 
+    /// Ends a mapping that is written down and was not taken over: its volume is gone, or is another one now. What waits
+    /// for the volume in the kernel fails.
+    func unmapLeftover(pool: String, volume: String, force: Bool) async throws(BackendError) -> String? {
+        let name = "\(pool)/\(volume)"
+        guard let store,
+            let document = try await blocking.run({ () throws(BackendError) in try store.load().documents })
+                .first(where: { $0.pool == pool && $0.volume == volume })
+        else { throw notMapped(name) }
+        var logger = logger
+        logger[metadataKey: "volume"] = "\(name)"
+        var warning: String?
+        if let text = document.device?.identifier {
+            guard let identifier = DeviceIdentifier(text), identifier.volume == name else {
+                throw BackendError(
+                    code: ENOTTY, message: "\(name) is not mapped; its document in the state folder speaks of \(text)")
+            }
+            if let device = await blocking.run({ KernelDevice.find(identifier) }) {
+                let attached = AttachedDevice(identifier: identifier, device: device)
+                warning = try await detachDevice(attached, nil, logger, force: force)
+            } else {
+                await blocking.run { DeviceNames().remove(identifier) }
+            }
+        }
+        await forget(pool: pool, volume: volume, logger)
+        logger.info("unmapped; it had not been taken over")
+        return warning
+    }
+
     /// Gives a device fresh connections: what was read from the old ones is answered there, the rest the kernel sends
     /// again on the new ones.
     package func remap(pool: String, volume: String) async throws(BackendError) {
@@ -146,9 +175,21 @@ extension VolumeManager {
         try await names.run(name) { [self] () throws(BackendError) in
             guard let mapping = mapping(name) else { throw notMapped(name) }
             guard let device = mapping.device else { return }
-            await mapping.volume.detachKernel()
+            await mapping.volume.detachKernel(grace: Self.grace)
             try await reconnect(device, mapping.volume)
             mapping.volume.logger.info("remapped: the device has fresh connections")
+        }
+    }
+
+    /// Gives a device new connections for those that ended by themselves.
+    func replaceLostConnections(pool: String, volume: String) async throws(BackendError) {
+        let name = "\(pool)/\(volume)"
+        try await names.run(name) { [self] () throws(BackendError) in
+            // Unmapped meanwhile: the kernel said goodbye, and there is nothing to connect.
+            guard let mapping = mapping(name), let device = mapping.device,
+                let open = await mapping.volume.status()?.kernelConnections
+            else { return }
+            try await reconnect(device, mapping.volume, open: open)
         }
     }
 }

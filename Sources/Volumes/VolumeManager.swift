@@ -31,7 +31,7 @@ package struct MapOptions: Sendable {
 /// other, different volumes side by side.
 package final class VolumeManager: Sendable {
     /// Seconds clients have for their last replies when their volume goes away.
-    private static let grace: UInt64 = 5
+    static let grace: UInt64 = 5
 
     struct Mapping {
         let deviceID: UInt32
@@ -176,9 +176,7 @@ package final class VolumeManager: Sendable {
     func handle(_ event: SessionEvent, _ pool: String, _ volume: String) {
         guard case .kernelConnectionLost = event else { return }
         Task {
-            do throws(BackendError) { try await remap(pool: pool, volume: volume) } catch {
-                // Unmapped meanwhile: the kernel said goodbye, and there is nothing to connect.
-                guard error.code != ENOTTY else { return }
+            do throws(BackendError) { try await replaceLostConnections(pool: pool, volume: volume) } catch {
                 logger.error("not connected again: \(error.message)", metadata: ["volume": "\(pool)/\(volume)"])
             }
         }
@@ -320,11 +318,14 @@ package final class VolumeManager: Sendable {
         }
     }
 
-    /// Ends a mapping. EBUSY while NBD clients are connected, unless forced.
-    package func unmap(pool: String, volume: String, force: Bool) async throws(BackendError) {
+    /// Ends a mapping. EBUSY while it is in use, unless forced.
+    /// - Returns: who lost the device by force; nil for nobody.
+    package func unmap(pool: String, volume: String, force: Bool) async throws(BackendError) -> String? {
         let name = "\(pool)/\(volume)"
-        try await names.run(name) { [self] () throws(BackendError) in
-            guard let mapping = mapping(name) else { throw notMapped(name) }
+        return try await names.run(name) { [self] () throws(BackendError) -> String? in
+            guard let mapping = mapping(name) else {
+                return try await unmapLeftover(pool: pool, volume: volume, force: force)
+            }
             let clients = await mapping.volume.status()?.clients ?? []
             if !force, !clients.isEmpty {
                 throw BackendError(
@@ -332,12 +333,23 @@ package final class VolumeManager: Sendable {
                     message: "\(name) is in use by \(clients.count) NBD client\(clients.count == 1 ? "" : "s") "
                         + "(\(clients.prefix(4).joined(separator: ", "))); disconnect them first")
             }
+            var warning: String?
             if let device = mapping.device {
-                try await detachDevice(device, force: force, logger: mapping.volume.logger)
+                warning = try await detachDevice(device, mapping.volume, mapping.volume.logger, force: force)
             }
-            await close(mapping, name)
+            registry.remove(name)
+            let ending = Task { await end(mapping.volume) }
+            if force, await !ending.isDone(within: Self.grace + 1) {
+                // They are answered for nobody, and hold up no more than the next map.
+                let left = "requests are still with the store; the volume can be mapped again when they are done"
+                warning = warning.map { "\($0); \(left)" } ?? left
+            } else {
+                await ending.value
+            }
+            state.withLock { $0.mappings[name] = nil }
             await forget(mapping.volume)
             mapping.volume.logger.info("unmapped")
+            return warning
         }
     }
 

@@ -38,7 +38,8 @@ struct Mapper: Sendable {
             await run(hook, .unmap, mapping, &outcome)
         }
         do throws(Failure) {
-            _ = try await ask(UnmapRequest(volume: entry.fullName, config: entry.config, force: force))
+            let answer = try await ask(UnmapRequest(volume: entry.fullName, config: entry.config, force: force))
+            if let warning = answer.warning { Output.complain("qbd: warning: \(warning)") }
         } catch {
             for problem in outcome.problems { Output.complain("qbd: \(problem.message)") }
             throw error

@@ -31,11 +31,11 @@ struct DaemonService: ControlService {
         let name = try VolumeName.reachable(request.volume)
         try checkConfig(request.config, of: name)
         do throws(BackendError) {
-            try await manager.unmap(pool: name.pool, volume: name.volume, force: request.force)
+            return .init(
+                warning: try await manager.unmap(pool: name.pool, volume: name.volume, force: request.force))
         } catch {
             throw failed("unmap", name, error)
         }
-        return Done()
     }
 
     func remap(_ request: RemapRequest) async throws(ControlError) -> RemapRequest.Answer {

@@ -74,6 +74,9 @@ enum ChildProcess {
         var child: pid_t = 0
         let code = posix_spawn(&child, path, &actions, &attributes, words, environment)
         guard code == 0 else { throw SystemError(code: code, operation: "run \(path)") }
+        // The daemon is never ended when memory runs out; what it runs has no such claim. Where the daemon's own was not
+        // set, there is nothing to change.
+        try? TextFile.write("0", to: "/proc/\(child)/oom_score_adj")
         return child
     }
 }

@@ -73,6 +73,16 @@ package struct DeviceNames: Sendable {
         return remarks
     }
 
+    /// Removes the names of a device that nobody disconnected here, unless what they lead to is a device of ours again.
+    package func remove(_ identifier: DeviceIdentifier) {
+        for name in ["qbd\(identifier.deviceID)", "qbd/\(identifier.volume)"] + partitionLinks(of: identifier) {
+            guard let disk = Self.node(of: TextFile.link(path(name)))?.disk, let index = UInt32(disk.dropFirst(3)),
+                KernelDevice(index: index, root: root).identifier == nil
+            else { continue }
+            remove(name)
+        }
+    }
+
     private func path(_ name: String) -> String { "\(root)/dev/\(name)" }
 
     /// What is there of `qbdNpM`.

@@ -63,7 +63,8 @@ extension KernelDevices {
     ///
     /// One connection is what the driver (Linux 6.1, and the newest seen, 6.6) handles well. Of several
     /// - it ends that of a request which takes longer than the queue's `io_timeout`, whatever the request time-out is,
-    ///   and sends the request again on another one while the first copy may still be under way here;
+    ///   and sends the request again on another one while the first copy may still be under way here, where the volume
+    ///   keeps the two apart;
     /// - it may receive on the first alone until that ends: their receivers are work that never returns, on a queue
     ///   whose rescue thread, which steps in when a worker cannot be made within 10 ms, takes all of it one by one.
     /// - Parameter connect: without sockets.

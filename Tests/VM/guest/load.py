@@ -15,10 +15,11 @@ class Load:
     Every round has its own seed, which is in the header of every block it writes: a block of an earlier round shows.
     """
 
-    def __init__(self, device, mebibytes=8, depth=32):
+    def __init__(self, device, mebibytes=8, depth=32, options=()):
         self.device = device
         self.mebibytes = mebibytes
         self.depth = depth
+        self.options = options
         self.rounds = 0
         self.directory = tempfile.TemporaryDirectory(prefix="fio-", dir="/tmp")
         self.process = None
@@ -31,7 +32,7 @@ class Load:
             ["fio", "--name=load", f"--filename={self.device}", "--ioengine=libaio", "--direct=1", "--rw=randrw",
              "--rwmixread=30", "--bsrange=4k-64k", f"--iodepth={self.depth}", f"--size={self.mebibytes}M",
              "--verify=crc32c", "--verify_fatal=1", f"--randseed={self.rounds}",
-             "--output-format=json", f"--output={self.output}"],
+             "--output-format=json", f"--output={self.output}", *self.options],
             cwd=self.directory.name, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True,
         )  # fmt: skip
