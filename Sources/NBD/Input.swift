@@ -33,12 +33,14 @@ struct Input {
     }
 }
 
-/// A write whose payload goes straight to where the backend keeps it.
+/// A large write on its way in, its payload apart from all others.
 struct Placement {
     let header: RequestHeader
+    /// Where the backend keeps it, or in `own`.
     let base: UnsafeMutableRawPointer
     /// Bytes of the payload that are there.
     var received: Int
+    let own: UnsafeMutablePointer<Input>?
 
     var left: Int { Int(header.length) &- received }
 }

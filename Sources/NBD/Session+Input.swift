@@ -167,14 +167,21 @@ extension Session {
         return true
     }
 
-    /// Moves what has arrived of a write to its place, where the rest will follow.
+    /// Moves what has arrived of a write to its place, or to a piece of memory of its own, where the rest will follow:
+    /// aligned, it is copied on at full speed.
     private func place(_ header: RequestHeader, _ input: UnsafeMutablePointer<Input>) -> Bool {
-        guard let base = target.placement(offset: header.offset, length: header.length) else { return false }
+        var own: UnsafeMutablePointer<Input>?
+        var base = target.placement(offset: header.offset, length: header.length)
+        if base == nil {
+            own = Input.allocate(Int(header.length), from: buffers)
+            base = own?.pointee.base
+        }
+        guard let base else { return false }
         let received = input.pointee.available &- RequestHeader.size
         base.copyMemory(from: input.pointee.base + (input.pointee.start &+ RequestHeader.size), byteCount: received)
         input.pointee.start = input.pointee.end
         missing = 0
-        placement = Placement(header: header, base: base, received: received)
+        placement = Placement(header: header, base: base, received: received, own: own)
         return true
     }
 
@@ -185,6 +192,8 @@ extension Session {
         placement = nil
         heldBytes &+= Int(placed.header.length)
         request.pointee.payload = placed.base
+        request.pointee.input = placed.own
+        placed.own?.pointee.references = 1
         target.submit(request)
         return true
     }

@@ -213,6 +213,8 @@ package final class Session: EventSource {
         ended = true
         if let input { retire(input) }
         input = nil
+        if let own = placement?.own { retire(own) }
+        placement = nil
         target.sessionEnded(self, reason: endReason)
     }
 }
