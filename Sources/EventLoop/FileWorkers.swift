@@ -112,7 +112,7 @@ final class FileWorkers: EventSource {
         for index in 0..<count {
             do {
                 threads.append(
-                    try Thread(name: "qbd:file\(index)") { [shared] in Self.run(shared) })
+                    try Thread(name: "qbd:file\(index)") { [shared, count] in Self.run(shared, alone: count == 1) })
             } catch {
                 // One thread is enough to go on; with none there is no way to do the work.
                 precondition(!threads.isEmpty, "\(error)")
@@ -145,19 +145,23 @@ final class FileWorkers: EventSource {
         _ = Glibc.write(descriptor, &one, 8)
     }
 
-    /// Operations a thread takes at a time, so that several threads share a deep queue.
-    private static let grab = 32
+    /// Operations and bytes a thread takes at a time: others share a deep queue, and the loop answers the first while
+    /// the next are done.
+    private static let grab = 8
+    private static let grabbedBytes = 64 << 10
 
-    private static func run(_ shared: Shared) {
+    private static func run(_ shared: Shared, alone: Bool) {
         while true {
             var more = false
             var (mine, stopped) = shared.queues.withLock { queues -> (List, Bool) in
                 var mine = List()
-                for _ in 0..<grab {
+                var bytes = 0
+                for _ in 0..<grab where bytes < grabbedBytes {
                     guard let operation = queues.waiting.removeFirst() else { break }
+                    bytes &+= operation.pointee.length
                     mine.append(operation)
                 }
-                more = queues.waiting.head != nil
+                more = !alone && queues.waiting.head != nil
                 return (mine, queues.stopped)
             }
             guard mine.head != nil else {

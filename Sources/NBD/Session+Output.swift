@@ -38,6 +38,13 @@ extension Session {
         }
     }
 
+    /// Whether the client has replies to go on with. On a Unix socket the kernel tells what the peer has not read yet.
+    @inline(__always)
+    var clientIsBusy: Bool {
+        guard isLocal, placement == nil else { return false }
+        return Int(qbd_socket_unread(descriptor)) >= unreadWhenBusy
+    }
+
     /// Lays the unsent bytes of the queued replies out in `vectors`.
     @inline(__always)
     private func gather() -> (count: Int, bytes: Int) {
@@ -81,6 +88,8 @@ extension Session {
         var left = sent &+ sentOfFirst
         while let request = firstReply, left >= request.pointee.replyCount {
             left &-= request.pointee.replyCount
+            // Four messages of this size with what the kernel adds to each; less when one is much to do.
+            unreadWhenBusy = min(4 &* (request.pointee.replyCount &+ 768), 64 << 10)
             firstReply = request.pointee.next
             release(request)
         }

@@ -68,6 +68,10 @@ package final class Session: EventSource {
     /// Bytes of the first reply that are already sent.
     var sentOfFirst = 0
     var waitsForRoom = false
+    /// A Unix socket.
+    let isLocal: Bool
+    /// As many unread bytes are some replies that the client has still to handle.
+    var unreadWhenBusy = 0
 
     /// On the loop's thread.
     /// - Parameters:
@@ -86,6 +90,9 @@ package final class Session: EventSource {
         self.buffers = buffers
         self.vectors = vectors
         self.target = target
+        var domain: Int32 = 0
+        var size = socklen_t(MemoryLayout<Int32>.size)
+        isLocal = getsockopt(descriptor, SOL_SOCKET, SO_DOMAIN, &domain, &size) == 0 && domain == AF_UNIX
     }
 
     /// Begins to serve. Throws what the loop says of the descriptor, and then has closed it.
@@ -151,7 +158,10 @@ package final class Session: EventSource {
     /// Called by the volume at the end of a turn.
     @inline(__always)
     package func endOfTurn() {
-        if firstReply != nil, !waitsForRoom { sendReplies() }
+        if firstReply != nil, !waitsForRoom {
+            sendReplies()
+            if firstReply == nil, loop.isBusy, clientIsBusy { loop.rest() }
+        }
         if paused { resume() }
         if draining || closed { endIfDone() }
     }

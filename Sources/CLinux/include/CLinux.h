@@ -14,6 +14,7 @@
 #include <liburing.h>
 #include <linux/fs.h>
 #include <linux/netlink.h>
+#include <linux/sockios.h>
 #include <pthread.h>
 #include <sched.h>
 #include <spawn.h>
@@ -61,6 +62,10 @@ static inline void qbd_strerror(int code, char *buffer, size_t size) {
 }
 
 // Function-like macros.
+// A compiler builtin. Asks for the lines of a stretch of memory all at once.
+static inline void qbd_prefetch(const void *base, size_t count) {
+    for (size_t offset = 0; offset < count; offset += 64) __builtin_prefetch((const char *)base + offset);
+}
 static inline void *qbd_map_failed(void) { return MAP_FAILED; }
 
 // liburing's queue access is inline functions over macros with barriers.
@@ -72,12 +77,17 @@ static inline struct io_uring_cqe *qbd_ring_peek(struct io_uring *ring) {
 static inline void qbd_ring_seen(struct io_uring *ring, struct io_uring_cqe *cqe) { io_uring_cqe_seen(ring, cqe); }
 
 // ioctl(2) is variadic, and its numbers are function-like macros.
+static inline int qbd_socket_unread(int fd) {
+    int bytes = 0;
+    return ioctl(fd, SIOCOUTQ, &bytes) == 0 ? bytes : 0;
+}
 static inline int qbd_blkrrpart(int fd) { return ioctl(fd, BLKRRPART); }
 static inline int qbd_blkflsbuf(int fd) { return ioctl(fd, BLKFLSBUF, 0); }
 static inline int qbd_blkroset(int fd, int read_only) { return ioctl(fd, BLKROSET, &read_only); }
 
 // prctl(2) is variadic.
 static inline int qbd_set_io_flusher(void) { return prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0); }
+static inline int qbd_set_timer_slack(unsigned long nanoseconds) { return prctl(PR_SET_TIMERSLACK, nanoseconds, 0, 0, 0); }
 
 // major(3), minor(3) and makedev(3) are function-like macros.
 static inline uint32_t qbd_major(dev_t device) { return major(device); }
