@@ -58,6 +58,7 @@ let package = Package(
             swiftSettings: dataPath),
         .target(name: "Backend", dependencies: ["EventLoop", "CLinux"], swiftSettings: dataPath),
         .target(name: "LocalPool", dependencies: ["Backend", "EventLoop", "CLinux"], swiftSettings: dataPath),
+        .target(name: "PureFlash", dependencies: ["Backend", "EventLoop", "CLinux"], swiftSettings: dataPath),
         .target(name: "NBD", dependencies: ["EventLoop", "CLinux"], swiftSettings: dataPath),
         .target(name: "EventLoop", dependencies: ["CLinux"], swiftSettings: dataPath),
         .target(name: "Configuration"),
@@ -67,6 +68,7 @@ let package = Package(
         .testTarget(name: "EventLoopTests", dependencies: ["EventLoop"]),
         .testTarget(name: "NBDTests", dependencies: ["NBD"]),
         .testTarget(name: "LocalPoolTests", dependencies: ["LocalPool"]),
+        .testTarget(name: "PureFlashTests", dependencies: ["PureFlash"]),
         .testTarget(name: "VolumesTests", dependencies: ["Volumes"]),
     ],
     swiftLanguageModes: [.v6]
