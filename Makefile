@@ -71,8 +71,9 @@ install: ## Install programs, man pages, completions, units and configuration (D
 	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/share/man/man7 man/*.7
 	install -D -m 0644 -t $(DESTDIR)$(SYSCONFDIR)/udev/rules.d etc/udev/*.rules
 	install -D -m 0644 -t $(DESTDIR)$(SYSCONFDIR)/systemd/system etc/systemd/*.service
+	install -D -m 0755 -t $(DESTDIR)$(PREFIX)/lib/qbd etc/systemd/unmap-at-shutdown
 	sed -i 's|/usr/local/|$(PREFIX)/|' $(DESTDIR)$(SYSCONFDIR)/systemd/system/qbdd.service \
-		$(DESTDIR)$(SYSCONFDIR)/systemd/system/qbd-map.service
+		$(DESTDIR)$(SYSCONFDIR)/systemd/system/qbd-map.service $(DESTDIR)$(PREFIX)/lib/qbd/unmap-at-shutdown
 	@for name in qbd.conf map.conf; do conf=$(DESTDIR)$(SYSCONFDIR)/neonsan/$$name; \
 	if [ -e "$$conf" ]; then echo "$$conf is there and stays as it is"; \
 	else echo "install -D -m 0644 etc/$$name $$conf"; install -D -m 0644 etc/$$name "$$conf"; fi; done

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from harness import wait_for
+from harness import QBD, REPOSITORY, wait_for
 from machine import MOUNTS, connected_devices, is_mount_point, mounted, names, run, sh
 
 BUSY, NOT_MAPPED = 16, 25
@@ -55,6 +55,36 @@ def test_names_the_swap(daemon):
     finally:
         sh("swapoff", device)
     daemon.unmap("disk/a")
+
+
+def test_shutdown_waits_for_what_is_mounted(daemon, processes):
+    """What qbdd.service runs before it stops the daemon."""
+    programs = daemon.directory / "programs"
+    programs.mkdir()
+    (programs / "qbd").write_text(f'#!/bin/sh\nQBD_SOCKET={daemon.socket} exec {QBD} "$@"\n')
+    script = programs / "unmap-at-shutdown"
+    shipped = REPOSITORY / "etc/systemd/unmap-at-shutdown"
+    script.write_text(shipped.read_text().replace("PATH=/usr/local/bin", f"PATH={programs}"))
+
+    def system_is(state):
+        (programs / "systemctl").write_text(f"#!/bin/sh\necho {state}\n")
+        for program in programs.iterdir():
+            program.chmod(0o755)
+
+    device = daemon.disk("disk/a", "128M")
+    daemon.disk("disk/b")
+    sh("mkfs.ext4", "-q", device)
+    with mounted(device) as path:
+        system_is("running")
+        sh(script)
+        assert daemon.mapped() == {"disk/a", "disk/b"}
+        system_is("stopping")
+        result = run([script, "1"], timeout=60)
+        assert result.status == 1 and str(path) in result.err, str(result)
+        assert daemon.mapped() == {"disk/a"}
+        stopping = processes(script)
+    assert stopping.wait(60) == 0
+    assert names() == set() and daemon.mapped() == set()
 
 
 def test_force_disconnects_a_mounted_device(daemon):
