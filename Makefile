@@ -29,12 +29,12 @@ FORMATTED := Package.swift Sources Tests Fuzz
 # What is needed, for scripts/need.sh. A target asks for all of it at its start, so that apt runs once.
 BUILDING := swift git liburing-dev gcc:cc libc6-dev libstdc++-12-dev
 CLIENTS := libnbd-bin:nbdcopy python3 python3-libnbd nbdkit:nbdkit qemu-utils:qemu-io fio:fio
+MACHINE := qemu-system-x86 busybox-static cpio kmod nbd-client dmsetup e2fsprogs xfsprogs fdisk
 NEED_BUILD := scripts/need.sh "build qbd" $(BUILDING)
 NEED_DEMO := scripts/need.sh "run the demo" $(BUILDING) libnbd-bin:nbdcopy
 NEED_BENCH := scripts/need.sh "measure beside the peers" $(BUILDING) $(CLIENTS)
-NEED_TESTS := scripts/need.sh "run all tests" $(BUILDING) $(CLIENTS) python3-pytest mandoc:mandoc zsh:zsh systemd
-NEED_VM := scripts/need.sh "run a virtual machine" $(BUILDING) $(CLIENTS) python3-pytest qemu-system-x86 busybox-static \
-	cpio kmod nbd-client dmsetup e2fsprogs xfsprogs fdisk
+NEED_TESTS := scripts/need.sh "run all tests" $(BUILDING) $(CLIENTS) python3-pytest mandoc:mandoc zsh:zsh systemd $(MACHINE)
+NEED_VM := scripts/need.sh "run a virtual machine" $(BUILDING) $(CLIENTS) python3-pytest $(MACHINE)
 
 .PHONY: help
 help: ## This list
@@ -102,10 +102,11 @@ bench: need-bench build .build/malloc_count.so ## Measure beside nbdkit and qemu
 # Testing
 
 .PHONY: test
-test: need-tests check build-tests fuzz-short unit integration ## Everything that has to pass: checks, short fuzzing, unit and integration tests
+test: need-tests check build-tests fuzz-short unit integration vm ## Everything that has to pass: checks, short fuzzing, unit and integration tests, VM
 	@echo; echo "make test: all of it passed"
 	@grep -h 'Test run with' $(LOGS)/unit.log | tail -n 1
 	@tail -n 1 $(LOGS)/integration.log
+	@grep -h '^vm [0-9]*: passed' $(LOGS)/vm.log
 
 .PHONY: test-unit
 test-unit: build-tests unit ## Only the unit tests
