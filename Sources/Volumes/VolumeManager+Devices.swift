@@ -70,6 +70,14 @@ extension VolumeManager {
         for remark in remarks { volume.logger.warning("\(remark)") }
     }
 
+    /// Numbers of devices that other daemons on this host have.
+    func numbersOfOthers(_ target: MapTarget) async -> Set<UInt32> {
+        guard case .device = target, let store else { return [] }
+        return await blocking.run {
+            Set(KernelDevice.ours().map(\.identifier).filter { !store.made($0) }.map(\.deviceID))
+        }
+    }
+
     /// Makes a device of a volume that is served already; when this returns it can be formatted.
     /// - Parameter wanted: `/dev/nbdX`, or nil for any.
     func attachDevice(

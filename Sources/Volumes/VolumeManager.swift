@@ -245,7 +245,8 @@ package final class VolumeManager: Sendable {
         _ pool: any VolumePool, _ volume: String, _ options: MapOptions, _ name: String,
         report: @escaping @Sendable (SessionEvent) -> Void
     ) async throws(BackendError) -> MappedVolume {
-        guard let deviceID = reserveDeviceID() else {
+        let others = await numbersOfOthers(options.target)
+        guard let deviceID = reserveDeviceID(except: others) else {
             throw BackendError(code: ESHUTDOWN, message: "\(name) is not mapped: qbdd is stopping")
         }
         defer { unreserve(deviceID) }
@@ -308,10 +309,11 @@ package final class VolumeManager: Sendable {
     }
 
     /// The smallest free number; nil when the daemon is stopping.
-    private func reserveDeviceID() -> UInt32? {
+    /// - Parameter others: numbers that are not free either.
+    private func reserveDeviceID(except others: Set<UInt32>) -> UInt32? {
         state.withLock { state in
             guard !state.stopping else { return nil }
-            let used = Set(state.mappings.values.map(\.deviceID)).union(state.reserved)
+            let used = Set(state.mappings.values.map(\.deviceID)).union(state.reserved).union(others)
             let free = (UInt32(0)...).first { !used.contains($0) }
             if let free { state.reserved.insert(free) }
             return free

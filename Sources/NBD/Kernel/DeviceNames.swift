@@ -53,10 +53,23 @@ package struct DeviceNames: Sendable {
             let done = Deadline(seconds: udevTimeout).poll { disk.allSatisfy(udev.links(of: device).contains) }
             if !done { remarks.append("udev did not name \(device.path) within \(Int(udevTimeout)) s") }
         }
+        try checkOthers(device, identifier)
         for (name, number) in device.numbers { try makeNode(name, number) }
         for link in links { try make(link) }
         for stale in partitionLinks(of: identifier) where !links.contains(where: { $0.path == stale }) { remove(stale) }
         return remarks
+    }
+
+    /// EEXIST when a name is that of a device of another daemon on this host.
+    private func checkOthers(_ device: KernelDevice, _ identifier: DeviceIdentifier) throws(SystemError) {
+        for name in ["qbd\(identifier.deviceID)", "qbd/\(identifier.volume)"] {
+            guard let disk = Self.node(of: TextFile.link(path(name)))?.disk, disk != device.name,
+                let index = UInt32(disk.dropFirst(3)), let other = KernelDevice(index: index, root: root).identifier,
+                other.deviceID == identifier.deviceID || other.volume == identifier.volume
+            else { continue }
+            throw SystemError(
+                code: EEXIST, operation: "make the link \(path(name)) (it leads to /dev/\(disk), which is \(other))")
+        }
     }
 
     /// Removes the names of a device, connected or not any more. What does not point to it stays.

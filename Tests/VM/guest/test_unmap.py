@@ -162,6 +162,21 @@ def test_somebody_else_s_device_is_not_touched(daemon, processes):
         wait_for(lambda: connected_devices() == [], "the kernel lets go of nbd0")
 
 
+def test_two_daemons_share_a_host(new_daemon):
+    first, second = new_daemon().start(), new_daemon().start()
+    first.disk("disk/a")
+    device = second.disk("ram/b")
+    assert str(device) == "/dev/qbd1"
+    # A name that is taken stays with whom it belongs to.
+    second.create("disk/a")
+    second.qbd("map", "disk/a").failed(17, "disk/a", "/dev/qbd/disk/a")
+    assert names() == {"qbd0", "qbd/disk/a", "qbd1", "qbd/ram/b"}
+    first.restart()
+    assert first.mapped() == {"disk/a"} and second.mapped() == {"ram/b"}
+    second.unmap("ram/b")
+    first.unmap("disk/a")
+
+
 def test_disconnected_by_somebody_else_is_noticed(daemon):
     """`nbd-client -d` on our device, under a mounted file system."""
     device = daemon.disk("disk/a", "128M")
