@@ -68,8 +68,8 @@ package final class Session: EventSource {
     /// Bytes of the first reply that are already sent.
     var sentOfFirst = 0
     var waitsForRoom = false
-    /// A Unix socket.
-    let isLocal: Bool
+    /// Let replies collect while the client has some to go on with; where the kernel tells that of the socket.
+    package var mayRest: Bool
     /// As many unread bytes are some replies that the client has still to handle.
     var unreadWhenBusy = 0
 
@@ -92,7 +92,7 @@ package final class Session: EventSource {
         self.target = target
         var domain: Int32 = 0
         var size = socklen_t(MemoryLayout<Int32>.size)
-        isLocal = getsockopt(descriptor, SOL_SOCKET, SO_DOMAIN, &domain, &size) == 0 && domain == AF_UNIX
+        mayRest = getsockopt(descriptor, SOL_SOCKET, SO_DOMAIN, &domain, &size) == 0 && domain == AF_UNIX
     }
 
     /// Begins to serve. Throws what the loop says of the descriptor, and then has closed it.

@@ -155,7 +155,11 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
         do {
             sessions.append(session)
             try session.start(leftover: leftover)
-            if peer == KernelSide.peer { kernel.sessions.append(session) }
+            if peer == KernelSide.peer {
+                kernel.sessions.append(session)
+                // It takes replies one by one on a thread of its own, and in a virtual machine a short sleep is a long one.
+                session.mayRest = false
+            }
             logger.info("client connected", metadata: ["peer": "\(peer)", "connections": "\(sessions.count)"])
             report(.sessions(sessions.count))
         } catch {
