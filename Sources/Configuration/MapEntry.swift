@@ -9,6 +9,16 @@ package struct MapEntry: Sendable, Equatable {
     package private(set) var readOnly = false
     /// `/dev/nbdX`; nil for any that is free.
     package private(set) var device: String?
+    /// Bytes per second; 0 and nil are no limit.
+    package private(set) var readBytes: UInt64?
+    /// Bytes per second; 0 and nil are no limit.
+    package private(set) var writeBytes: UInt64?
+    /// Per second; 0 and nil are no limit.
+    package private(set) var readOperations: UInt64?
+    /// Per second; 0 and nil are no limit.
+    package private(set) var writeOperations: UInt64?
+    /// Milliseconds of each rate that may be saved up; nil for the default.
+    package private(set) var burst: UInt64?
     /// What to run instead of the volume's file in the folder of hooks: an absolute path, or `none`.
     package private(set) var hook: String?
     /// Nil for the default.
@@ -33,6 +43,11 @@ package struct MapEntry: Sendable, Equatable {
         case .export: export = try Value.flag(value, of: text)
         case .readOnly: readOnly = try Value.flag(value, of: text)
         case .device: device = try Value.path(value, of: text)
+        case .readBytes: readBytes = try Value.rate(bytesPerSecond: value, of: text)
+        case .writeBytes: writeBytes = try Value.rate(bytesPerSecond: value, of: text)
+        case .readOperations: readOperations = try Value.rate(operationsPerSecond: value, of: text)
+        case .writeOperations: writeOperations = try Value.rate(operationsPerSecond: value, of: text)
+        case .burst: burst = try Value.burst(value, of: text)
         case .hook: hook = value == Self.noHook ? value : try Value.path(value, of: text)
         case .hookTimeout: hookTimeout = try Value.seconds(value, of: text)
         }
@@ -55,6 +70,11 @@ package struct MapEntry: Sendable, Equatable {
         case .export: export ? "1" : nil
         case .readOnly: readOnly ? "1" : nil
         case .device: device
+        case .readBytes: readBytes.map { "\($0)" }
+        case .writeBytes: writeBytes.map { "\($0)" }
+        case .readOperations: readOperations.map { "\($0)" }
+        case .writeOperations: writeOperations.map { "\($0)" }
+        case .burst: burst.map { "\($0)" }
         case .hook: hook
         case .hookTimeout: hookTimeout.map { "\($0.components.seconds)" }
         }

@@ -4,6 +4,11 @@ package enum MapKey: String, CaseIterable, Sendable {
     case export
     case readOnly = "readonly"
     case device
+    case readBytes = "read_bps"
+    case writeBytes = "write_bps"
+    case readOperations = "read_iops"
+    case writeOperations = "write_iops"
+    case burst = "burst_ms"
     case hook
     case hookTimeout = "hook_timeout"
 

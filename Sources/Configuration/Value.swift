@@ -1,5 +1,5 @@
 /// The values of qbd.conf's keys, by type. Each error names the key, the value, and what is right.
-enum Value {
+package enum Value {
     static func integer(
         _ text: String, of key: String, in range: ClosedRange<Int>, unit: String? = nil
     ) throws(ConfigurationError) -> Int {
@@ -16,6 +16,25 @@ enum Value {
     /// another.
     static func seconds(_ text: String, of key: String) throws(ConfigurationError) -> Duration {
         .seconds(try integer(text, of: key, in: 1...86_400, unit: "seconds"))
+    }
+
+    /// Milliseconds of a rate that may be saved up for a burst, 1 to a minute: what is longer is no limit any more.
+    package static func burst(_ text: String, of key: String) throws(ConfigurationError) -> UInt64 {
+        UInt64(try integer(text, of: key, in: 1...60_000, unit: "milliseconds"))
+    }
+
+    /// 0 is unlimited.
+    package static func rate(bytesPerSecond text: String, of key: String) throws(ConfigurationError) -> UInt64 {
+        do throws(ConfigurationError) { return try Quantity.parseRate(bytesPerSecond: text) } catch {
+            throw ConfigurationError("'\(key)': \(error.message)")
+        }
+    }
+
+    /// 0 is unlimited.
+    package static func rate(operationsPerSecond text: String, of key: String) throws(ConfigurationError) -> UInt64 {
+        do throws(ConfigurationError) { return try Quantity.parseRate(operationsPerSecond: text) } catch {
+            throw ConfigurationError("'\(key)': \(error.message)")
+        }
     }
 
     static func flag(_ text: String, of key: String) throws(ConfigurationError) -> Bool {

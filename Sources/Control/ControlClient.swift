@@ -26,7 +26,6 @@ package struct ControlClient: Sendable {
     ///   without permission to ask, 110 when it took too long, 71 when something else than qbdd answers, 104 when it
     ///   closed before it answered, 95 for a command that comes in a later version.
     package func send<Request: ControlRequest>(_ request: Request) async throws(ControlError) -> Request.Answer {
-        if let missing = Request.command.missingFeature { throw missing.comesLater }
         let body = try ControlJSON.compact(request)
         let response = try await exchange(Request.command, body)
         guard response.head.headers.first(name: "server")?.hasPrefix("qbdd/") ?? false else { throw wrongSocket }

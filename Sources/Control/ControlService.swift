@@ -14,17 +14,3 @@ package protocol ControlService: Sendable {
     func delete(_ request: DeleteRequest) async throws(ControlError) -> DeleteRequest.Answer
     func volumes(_ request: VolumesRequest) async throws(ControlError) -> VolumesRequest.Answer
 }
-
-extension ControlService {
-    package func setThrottle(_ request: SetThrottleRequest) async throws(ControlError) -> SetThrottleRequest.Answer {
-        throw Feature.throttle.comesLater
-    }
-
-    package func suspend(_ request: SuspendRequest) async throws(ControlError) -> SuspendRequest.Answer {
-        throw Feature.suspend.comesLater
-    }
-
-    package func resume(_ request: ResumeRequest) async throws(ControlError) -> ResumeRequest.Answer {
-        throw Feature.resume.comesLater
-    }
-}

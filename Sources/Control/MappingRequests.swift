@@ -13,9 +13,15 @@ package struct MapRequest: ControlRequest {
     package var export: Bool
     /// `/dev/nbdX`; nil for any that is free.
     package var device: String?
+    /// What is not named is unlimited. When the volume is mapped already, its limits stay as they are.
+    package var limits: ThrottleArgument
 
-    package init(volume: String, config: String, readOnly: Bool, export: Bool, device: String? = nil) {
+    package init(
+        volume: String, config: String, readOnly: Bool, export: Bool, device: String? = nil,
+        limits: ThrottleArgument = ThrottleArgument()
+    ) {
         self.volume = volume
+        self.limits = limits
         self.config = config
         self.readOnly = readOnly
         self.export = export
@@ -35,6 +41,17 @@ package struct MapRequest: ControlRequest {
         readOnly = try fields.decodeIfPresent(Bool.self, forKey: .readOnly) ?? false
         export = try fields.decodeIfPresent(Bool.self, forKey: .export) ?? false
         device = try fields.decodeIfPresent(String.self, forKey: .device)
+        limits = try ThrottleArgument(from: decoder)
+    }
+
+    package func encode(to encoder: any Encoder) throws {
+        var fields = encoder.container(keyedBy: CodingKeys.self)
+        try fields.encode(volume, forKey: .volume)
+        try fields.encode(config, forKey: .config)
+        try fields.encode(readOnly, forKey: .readOnly)
+        try fields.encode(export, forKey: .export)
+        try fields.encodeIfPresent(device, forKey: .device)
+        try limits.encode(to: encoder)
     }
 }
 
@@ -116,26 +133,29 @@ package struct SetThrottleRequest: ControlRequest {
 
     package var volume: String
     package var config: String?
-    package var readBytes: UInt64?
-    package var writeBytes: UInt64?
-    package var readOperations: UInt64?
-    package var writeOperations: UInt64?
+    package var limits: ThrottleArgument
 
     package init(volume: String, config: String?, limits: ThrottleArgument) {
         self.volume = volume
         self.config = config
-        readBytes = limits.readBytes
-        writeBytes = limits.writeBytes
-        readOperations = limits.readOperations
-        writeOperations = limits.writeOperations
+        self.limits = limits
     }
 
-    package enum CodingKeys: String, CodingKey {
-        case volume, config
-        case readBytes = "read_bps"
-        case writeBytes = "write_bps"
-        case readOperations = "read_iops"
-        case writeOperations = "write_iops"
+    package enum CodingKeys: String, CodingKey { case volume, config }
+
+    // The limits lie flat beside the other fields.
+    package init(from decoder: any Decoder) throws {
+        let fields = try decoder.container(keyedBy: CodingKeys.self)
+        volume = try fields.decode(String.self, forKey: .volume)
+        config = try fields.decodeIfPresent(String.self, forKey: .config)
+        limits = try ThrottleArgument(from: decoder)
+    }
+
+    package func encode(to encoder: any Encoder) throws {
+        var fields = encoder.container(keyedBy: CodingKeys.self)
+        try fields.encode(volume, forKey: .volume)
+        try fields.encodeIfPresent(config, forKey: .config)
+        try limits.encode(to: encoder)
     }
 }
 
@@ -144,12 +164,18 @@ package struct SuspendRequest: ControlRequest {
     package typealias Answer = Done
     package static let command = Command.suspend
 
+    package static let defaultTimeout: UInt64 = 30
+
     package var volume: String
     package var config: String?
+    /// Seconds the I/O in flight may take, 1...86400; nil is ``defaultTimeout``. When they have passed, the volume is as
+    /// it was before.
+    package var timeout: UInt64?
 
-    package init(volume: String, config: String?) {
+    package init(volume: String, config: String?, timeout: UInt64? = nil) {
         self.volume = volume
         self.config = config
+        self.timeout = timeout
     }
 }
 

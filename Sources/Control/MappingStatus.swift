@@ -2,12 +2,34 @@
 package struct MappingStatus: Codable, Sendable, Equatable {
     package var mapping: MappingRecord
     package var counters: Counters
+    package var heldBack: HeldBack
     package var latency: Latency
 
-    package init(mapping: MappingRecord, counters: Counters, latency: Latency) {
+    package init(mapping: MappingRecord, counters: Counters, heldBack: HeldBack, latency: Latency) {
         self.mapping = mapping
         self.counters = counters
+        self.heldBack = heldBack
         self.latency = latency
+    }
+
+    /// Requests that are not let through to the store.
+    package struct HeldBack: Codable, Sendable, Equatable {
+        package var requests: UInt64
+        /// Milliseconds since the oldest of them arrived.
+        package var oldest: UInt64
+        /// `suspended` or `throttle`; nil, and then absent, when there are none.
+        package var by: String?
+
+        package init(requests: UInt64, oldest: UInt64, by: String? = nil) {
+            self.requests = requests
+            self.oldest = oldest
+            self.by = by
+        }
+
+        package enum CodingKeys: String, CodingKey {
+            case requests, by
+            case oldest = "oldest_ms"
+        }
     }
 
     /// What was done since the volume was mapped.
@@ -87,13 +109,17 @@ package struct MappingStatus: Codable, Sendable, Equatable {
         }
     }
 
-    package enum CodingKeys: String, CodingKey { case counters, latency }
+    package enum CodingKeys: String, CodingKey {
+        case counters, latency
+        case heldBack = "held_back"
+    }
 
     // The fields of the list lie flat beside the rest.
     package init(from decoder: any Decoder) throws {
         let fields = try decoder.container(keyedBy: CodingKeys.self)
         mapping = try MappingRecord(from: decoder)
         counters = try fields.decode(Counters.self, forKey: .counters)
+        heldBack = try fields.decode(HeldBack.self, forKey: .heldBack)
         latency = try fields.decode(Latency.self, forKey: .latency)
     }
 
@@ -101,6 +127,7 @@ package struct MappingStatus: Codable, Sendable, Equatable {
         var fields = encoder.container(keyedBy: CodingKeys.self)
         try mapping.encode(to: encoder)
         try fields.encode(counters, forKey: .counters)
+        try fields.encode(heldBack, forKey: .heldBack)
         try fields.encode(latency, forKey: .latency)
     }
 }

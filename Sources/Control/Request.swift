@@ -19,10 +19,15 @@ package struct Limits: Codable, Sendable, Equatable {
     package var readOperations: UInt64
     /// Operations per second.
     package var writeOperations: UInt64
+    /// Milliseconds of each rate that may be saved up.
+    package var burst: UInt64
 
-    package static let none = Limits(readBytes: 0, writeBytes: 0, readOperations: 0, writeOperations: 0)
+    package static let none = Limits(readBytes: 0, writeBytes: 0, readOperations: 0, writeOperations: 0, burst: 100)
 
-    package init(readBytes: UInt64, writeBytes: UInt64, readOperations: UInt64, writeOperations: UInt64) {
+    package init(
+        readBytes: UInt64, writeBytes: UInt64, readOperations: UInt64, writeOperations: UInt64, burst: UInt64
+    ) {
+        self.burst = burst
         self.readBytes = readBytes
         self.writeBytes = writeBytes
         self.readOperations = readOperations
@@ -34,5 +39,6 @@ package struct Limits: Codable, Sendable, Equatable {
         case writeBytes = "write_bps"
         case readOperations = "read_iops"
         case writeOperations = "write_iops"
+        case burst = "burst_ms"
     }
 }

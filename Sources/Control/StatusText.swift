@@ -25,6 +25,7 @@ package enum StatusText {
             ("trims", String(counters.trims)),
             ("errors", String(counters.errors)),
             ("in flight", String(counters.inFlight)),
+            ("held back", heldBack(status.heldBack)),
         ]
         lines.append(("read latency", percentiles(latency.reads)))
         lines.append(("write latency", percentiles(latency.writes)))
@@ -51,13 +52,22 @@ package enum StatusText {
         return "\(hundredths / 100).\(fraction < 10 ? "0" : "")\(fraction) \(units[index])"
     }
 
-    private static func limits(_ limits: Limits) -> String {
-        guard limits != .none else { return "none" }
+    /// `key=value` of each limit, or "none".
+    package static func limits(_ limits: Limits) -> String {
+        let sum = limits.readBytes | limits.writeBytes | limits.readOperations | limits.writeOperations
+        guard sum != 0 else { return "none" }
         func one(_ name: String, _ value: UInt64) -> String { "\(name)=\(value == 0 ? "unlimited" : String(value))" }
         return [
             one("read_bps", limits.readBytes), one("write_bps", limits.writeBytes),
             one("read_iops", limits.readOperations), one("write_iops", limits.writeOperations),
+            "burst_ms=\(limits.burst)",
         ].joined(separator: " ")
+    }
+
+    private static func heldBack(_ held: MappingStatus.HeldBack) -> String {
+        guard held.requests > 0 else { return "0" }
+        let why = held.by == "throttle" ? "they wait for their limits" : "the volume is suspended"
+        return "\(held.requests), the oldest for \(held.oldest / 1000).\(held.oldest / 100 % 10) s: \(why)"
     }
 
     private static func percentiles(_ value: MappingStatus.Percentiles) -> String {

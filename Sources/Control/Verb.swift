@@ -51,15 +51,16 @@ package enum Verb: String, CaseIterable, Sendable {
     package var arguments: String {
         switch self {
         case .map:
-            "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] [--export] [--read-only] [--device DEVICE]"
+            "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] [--export] [--read-only] [--device DEVICE] [LIMITS]"
                 + " [--hook PATH|none] [--hook-timeout SECONDS] [--save] [-f FILE]"
         case .unmap:
             "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] [--force]"
                 + " [--hook PATH|none] [--hook-timeout SECONDS] [--forget] [-f FILE]"
-        case .remap, .suspend, .info: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG]"
+        case .suspend: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] [--timeout SECONDS]"
+        case .remap, .info: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG]"
         case .list: "[-c CONFIG]"
         case .mapAll, .unmapAll: "[-f FILE]"
-        case .throttle: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] -t KEY=NUMBER[,...]"
+        case .throttle: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] -t KEY=NUMBER[,...] [--burst MS]"
         case .resume: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] -t normal|error|discard"
         case .resize: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] -k SIZE|--to-store-size [--rescan-partitions]"
         case .create: "POOL/VOLUME -k SIZE [--block-size 512|4096] [-c CONFIG]"

@@ -19,6 +19,9 @@ package final class LoopTimer {
         loop.timers.insert(self)
     }
 
+    /// Nanoseconds from the loop's `now` until it fires; 0 when that is past. Only while it is armed.
+    package var left: UInt64 { deadline > loop.now ? deadline &- loop.now : 0 }
+
     package func cancel() {
         if position >= 0 { loop.timers.remove(self) }
     }

@@ -165,6 +165,17 @@ extension UnsafeMutablePointer<Request> {
         pointee.session._withUnsafeGuaranteedRef { $0.enqueueReply(self) }
     }
 
+    /// Ends a request that was not started without answering it: its client sees the connection close. On the loop,
+    /// instead of `reply`.
+    package func drop() {
+        pointee.session._withUnsafeGuaranteedRef { $0.drop(self) }
+    }
+
+    /// Whether this session brought the request.
+    package func belongs(to session: Session) -> Bool {
+        pointee.session._withUnsafeGuaranteedRef { $0 === session }
+    }
+
     // MARK: Reply headers
 
     /// Writes the header for the request's status and data.

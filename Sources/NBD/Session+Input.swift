@@ -185,6 +185,15 @@ extension Session {
         return true
     }
 
+    /// Receives the rest of a placed payload into a piece of memory of its own, what has arrived of it with it: nothing
+    /// more lands at its place from here on. What did land stays there, as of any write that was cut off.
+    package func withdrawPlacement() {
+        guard let placed = placement, placed.own == nil, !closed else { return }
+        guard let own = Input.allocate(Int(placed.header.length), from: buffers) else { return fail("out of memory") }
+        own.pointee.base.copyMemory(from: placed.base, byteCount: placed.received)
+        placement = Placement(header: placed.header, base: own.pointee.base, received: placed.received, own: own)
+    }
+
     private func acceptPlaced(_ placed: Placement) -> Bool {
         guard heldBytes == 0 || heldBytes &+ Int(placed.header.length) <= Self.maximumHeldBytes,
             let request = take(placed.header, .write)

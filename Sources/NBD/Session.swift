@@ -12,6 +12,8 @@ package protocol SessionTarget: AnyObject {
     func submit(_ request: UnsafeMutablePointer<Request>)
     /// The reply is out, or nobody is left to take it: the slot and what it holds are free.
     func release(_ request: UnsafeMutablePointer<Request>)
+    /// The request was dropped before it was begun: its slot is free.
+    func forget(_ request: UnsafeMutablePointer<Request>)
     /// Bytes have arrived on a connection; what is whole of them is parsed when this returns, unless it ended the session.
     func received(_ session: Session)
     /// The connection is closed, and gets no more answers. What is in flight of it goes on; what was not begun need not
@@ -186,6 +188,19 @@ package final class Session: EventSource {
 
     @inline(__always)
     func release(_ request: UnsafeMutablePointer<Request>) {
+        giveBack(request)
+        target.release(request)
+    }
+
+    /// Ends a request that was never started without an answer.
+    func drop(_ request: UnsafeMutablePointer<Request>) {
+        giveBack(request)
+        target.forget(request)
+    }
+
+    /// What the request held of the session.
+    @inline(__always)
+    private func giveBack(_ request: UnsafeMutablePointer<Request>) {
         inFlight &-= 1
         if request.pointee.command == .read || request.pointee.command == .write {
             heldBytes &-= Int(request.pointee.length)
@@ -194,7 +209,6 @@ package final class Session: EventSource {
             input.pointee.references &-= 1
             if input.pointee.references == 0, input != self.input { retire(input) }
         }
-        target.release(request)
     }
 
     // MARK: The end

@@ -15,6 +15,10 @@ package struct MappingDocument: Codable, Sendable, Equatable {
     package var deviceID: UInt32
     /// The kernel device; nil for a volume that is only exported.
     package var device: Device?
+    /// What becomes of its I/O; nil for what is usual.
+    package var gate: Gate?
+    /// Nil for none.
+    package var limits: ThrottleLimits?
 
     package struct Device: Codable, Sendable, Equatable {
         /// What the kernel knows the mapping by, at `/sys/block/nbdX/backend`. It alone says which device is ours.
@@ -23,7 +27,28 @@ package struct MappingDocument: Codable, Sendable, Equatable {
         package var wanted: String?
     }
 
+    package struct Gate: Codable, Sendable, Equatable {
+        package var state: GateState
+        /// Seconds since 1970.
+        package var since: Int64
+    }
+
     package var name: String { "\(pool)/\(volume)" }
+}
+
+/// What an administrator set on a mapping; survives the daemon.
+package struct VolumeSettings: Sendable {
+    var gate = GateState.normal
+    /// Seconds since 1970 when that state was entered.
+    var gateSince = Int64(time(nil))
+    var limits: ThrottleLimits
+
+    package init(limits: ThrottleLimits = .none) { self.limits = limits }
+
+    init(_ document: MappingDocument) {
+        limits = document.limits ?? .none
+        if let gate = document.gate { (self.gate, gateSince) = (gate.state, gate.since) }
+    }
 }
 
 /// The documents of all mappings, one file each, in the daemon's state folder, which one daemon has at a time.

@@ -47,15 +47,18 @@ extension Volume {
     }
 
     /// Reads no more from the kernel, answers what was read, and closes its sessions; returns when they are closed. What
-    /// was not read, or not answered within `grace` seconds, stays with the kernel, which sends it again on the next
-    /// connections.
+    /// was not read, is held back, or is not answered within `grace` seconds stays with the kernel, which sends it again
+    /// on the next connections.
     package func detachKernel(grace: UInt64) async {
         await withCheckedContinuation { continuation in
             let accepted = loop.post { [self] in
                 kernel.isDetached = true
                 guard !kernel.sessions.isEmpty else { return continuation.resume() }
                 kernel.gone.append { continuation.resume() }
-                for session in kernel.sessions { session.drain() }
+                for session in kernel.sessions {
+                    session.drain()
+                    dropHeld(of: session)
+                }
                 let timer = LoopTimer(loop: loop) { [unowned self] in
                     closeKernel("has requests that were not answered within \(grace) s")
                 }
@@ -103,9 +106,11 @@ extension Volume {
     }
 
     package func sessionClosed(_ session: Session) {
+        dropHeld(of: session)
         guard session.peer == KernelSide.peer else { return }
         kernel.sessions.removeAll { $0 === session }
         kernel.closing += 1
+        settleAdmission()
         dropWaiting(of: session)
         if !kernel.isDetached, !stopping { report(.kernelConnectionLost) }
         guard kernel.sessions.isEmpty else { return }
@@ -120,6 +125,7 @@ extension Volume {
         guard count > 0 else { return }
         kernel.closing -= count
         guard kernel.closing == 0 else { return }
+        settleAdmission()
         var next = kernel.firstWaiting
         kernel.firstWaiting = nil
         kernel.lastWaiting = nil

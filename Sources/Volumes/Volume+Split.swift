@@ -8,6 +8,7 @@ import NBD
 extension Volume {
     @inline(__always)
     func issue(_ request: UnsafeMutablePointer<Request>) {
+        atStore &+= 1
         request.pointee.next = nil
         if firstWaiting != nil {
             lastWaiting?.pointee.next = request
@@ -24,17 +25,17 @@ extension Volume {
         // It was held back until after its connection was gone. The kernel has sent it again on another, and must not see
         // it overtake what came after that.
         if request.pointee.issued == 0, request.pointee.isAbandoned {
-            request.reply()
+            answer(request)
             return true
         }
         let operation = Self.operation(request.pointee.command)
         if request.pointee.length == 0, operation != .flush {
-            request.reply()
+            answer(request)
             return true
         }
         guard let backend else {
             request.pointee.status = EIO
-            request.reply()
+            answer(request)
             return true
         }
         // One part is owed until the last is handed over, so that an early completion does not answer too soon.
@@ -131,7 +132,14 @@ extension Volume {
     @inline(__always)
     private func settle(_ request: UnsafeMutablePointer<Request>) {
         request.pointee.pendingParts &-= 1
-        if request.pointee.pendingParts == 0 { request.reply() }
+        if request.pointee.pendingParts == 0 { answer(request) }
+    }
+
+    @inline(__always)
+    private func answer(_ request: UnsafeMutablePointer<Request>) {
+        atStore &-= 1
+        if atStore == 0, needsAdmission { storeIsQuiet() }
+        request.reply()
     }
 
     /// Parts of reads are kept until their reply is out: it is written from them.

@@ -22,21 +22,27 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
 
     // The loop's state.
     let buffers: BufferPool
+    /// Where requests go: the store, or what stands in for it while they are discarded.
     var backend: (any Backend)?
+    var store: (any Backend)?
     private let vectors: UnsafeMutablePointer<iovec>
-    private var sessions: ContiguousArray<Session> = []
+    private(set) var sessions: ContiguousArray<Session> = []
     private var endedSessions: ContiguousArray<Session> = []
     var requests: Slab<Request>
     var parts: Slab<IO>
     /// Requests that wait for parts, oldest first; only the first has been begun.
     var firstWaiting: UnsafeMutablePointer<Request>?
     var lastWaiting: UnsafeMutablePointer<Request>?
+    var gate: Gate
+    var throttle = Throttle()
+    /// Whether requests have to pass more than a flag.
+    var needsAdmission = false
+    /// Requests handed to the splitter and not yet completed.
+    var atStore = 0
     var counters = VolumeCounters()
     private let readLatency = LatencyHistogram()
     private let writeLatency = LatencyHistogram()
     private let flushLatency = LatencyHistogram()
-    private var state = GateState.normal
-    private var since = Int64(time(nil))
     private(set) var stopping = false
     private var stopped: [@Sendable () -> Void] = []
     var kernel = KernelSide()
@@ -45,8 +51,8 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     private var activityAtTimer: UInt64 = 0
 
     private init(
-        name: String, opened: any OpenVolume, loop: EventLoop, maximumSessions: Int, logger: Logger,
-        report: @escaping @Sendable (SessionEvent) -> Void
+        name: String, opened: any OpenVolume, settings: VolumeSettings, loop: EventLoop, maximumSessions: Int,
+        logger: Logger, report: @escaping @Sendable (SessionEvent) -> Void
     ) {
         self.name = name
         self.opened = opened
@@ -54,6 +60,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
         self.maximumSessions = maximumSessions
         self.logger = logger
         self.report = report
+        gate = Gate(state: settings.gate, since: settings.gateSince)
         let record = opened.record
         var export = Export(
             name: name, description: "qbd \(opened.protocolName) volume", size: record.size,
@@ -73,18 +80,19 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
 
     /// Starts a loop for an open volume. On an error the open volume is still the caller's.
     /// - Parameters:
+    ///   - settings: hold from the first request on.
     ///   - maximumSessions: NBD connections at a time, 1...64.
     ///   - report: called on the volume's loop.
     package static func start(
-        name: String, opened: any OpenVolume, maximumSessions: Int, logger: Logger,
+        name: String, opened: any OpenVolume, settings: VolumeSettings, maximumSessions: Int, logger: Logger,
         report: @escaping @Sendable (SessionEvent) -> Void
     ) async throws(BackendError) -> Volume {
         let loop: EventLoop
         do { loop = try EventLoop(name: "qbd:\(name)") } catch { throw BackendError(error) }
         let volume = Volume(
-            name: name, opened: opened, loop: loop, maximumSessions: maximumSessions, logger: logger,
-            report: report)
-        let failure = await loop.call { volume.begin() }
+            name: name, opened: opened, settings: settings, loop: loop, maximumSessions: maximumSessions,
+            logger: logger, report: report)
+        let failure = await loop.call { volume.begin(settings.limits) }
         if let failure = failure ?? nil {
             loop.stop()
             throw failure
@@ -92,11 +100,13 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
         return volume
     }
 
-    private func begin() -> BackendError? {
+    private func begin(_ limits: ThrottleLimits) -> BackendError? {
         do {
             // The backend's end of turn comes first: what it completes there is answered in the same turn.
-            backend = try opened.start(on: loop, buffers: buffers, client: self)
+            store = try opened.start(on: loop, buffers: buffers, client: self)
         } catch { return error }
+        throttle.set(limits, now: loop.now)
+        enterGate(gate.state)
         quiet = LoopTimer(loop: loop) { [unowned self] in quietPassed() }
         loop.observe(self)
         return nil
@@ -112,11 +122,13 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
 
     /// Finishes what is in flight, closes the sessions and the backend, and ends the loop. Clients that do not take
     /// their last replies within `grace` seconds are cut off.
-    package func stop(grace: UInt64) async {
+    /// - Parameter failingHeld: answer requests that are held back with ESHUTDOWN; otherwise they are dropped without
+    ///   an answer, so that a client that comes back sends them again.
+    package func stop(grace: UInt64, failingHeld: Bool) async {
         await withCheckedContinuation { continuation in
             let accepted = loop.post { [self] in
                 stopped.append { continuation.resume() }
-                beginStop(grace: grace)
+                beginStop(grace: grace, failingHeld: failingHeld)
             }
             if !accepted { continuation.resume() }
         }
@@ -129,7 +141,8 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
         let size = opened.record.size
         currentExport.withLock { $0.size = size }
         _ = await loop.call { [self] in
-            backend?.resized(to: size)
+            store?.resized(to: size)
+            if backend !== store { backend?.resized(to: size) }
             for session in kernel.sessions { session.resized(to: size) }
         }
     }
@@ -215,9 +228,10 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
 
     // MARK: The end
 
-    private func beginStop(grace: UInt64) {
+    private func beginStop(grace: UInt64, failingHeld: Bool) {
         stopping = true
         for session in sessions { session.drain() }
+        endHeld(failingHeld: failingHeld)
         let timer = LoopTimer(loop: loop) { [unowned self] in
             for session in sessions { session.abort("did not take its replies within \(grace) s") }
         }
@@ -229,13 +243,14 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     private var graceTimer: LoopTimer?
 
     private func finishStop() {
-        guard let backend else { return }
+        guard let store else { return }
         graceTimer?.cancel()
         graceTimer = nil
         quiet?.cancel()
         quiet = nil
-        backend.close()
-        self.backend = nil
+        store.close()
+        self.store = nil
+        backend = nil
         loop.unobserve(self)
         for closure in stopped { closure() }
         stopped = []
@@ -247,27 +262,20 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     package func takeRequest() -> UnsafeMutablePointer<Request>? { requests.take() }
 
     package func placement(offset: UInt64, length: UInt32) -> UnsafeMutableRawPointer? {
-        switch state {
-        case .normal: kernel.closing > 0 ? nil : backend?.placement(offset: offset, length: length)
-        }
+        needsAdmission ? nil : backend?.placement(offset: offset, length: length)
     }
 
     package func submit(_ request: UnsafeMutablePointer<Request>) {
-        if kernel.closing > 0 { return waitForClosing(request) }
-        admit(request)
-    }
-
-    /// The gate, then the throttle: what may not run now is held back here.
-    @inline(__always)
-    func admit(_ request: UnsafeMutablePointer<Request>) {
-        switch state {
-        case .normal: issue(request)
-        }
+        if needsAdmission { admit(request) } else { issue(request) }
     }
 
     package func release(_ request: UnsafeMutablePointer<Request>) {
         count(request)
         freeParts(of: request)
+        requests.give(request)
+    }
+
+    package func forget(_ request: UnsafeMutablePointer<Request>) {
         requests.give(request)
     }
 
@@ -299,8 +307,8 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
 
     private func loopStatus() -> VolumeLoopStatus {
         VolumeLoopStatus(
-            state: state, since: since, connections: sessions.count { $0.peer != KernelSide.peer }, counters: counters,
-            inFlight: requests.inUse,
+            state: gate.shown, since: gate.since, connections: sessions.count { $0.peer != KernelSide.peer },
+            counters: counters, inFlight: requests.inUse, heldBack: heldBack(),
             readLatency: readLatency.summary(), writeLatency: writeLatency.summary(),
             flushLatency: flushLatency.summary(), clients: sessions.map(\.peer).filter { $0 != KernelSide.peer },
             kernelConnections: kernel.sessions.count, answered: activity)
@@ -322,6 +330,7 @@ package struct VolumeLoopStatus: Sendable {
     let connections: Int
     let counters: VolumeCounters
     package let inFlight: Int
+    let heldBack: HeldBack
     let readLatency: LatencySummary
     let writeLatency: LatencySummary
     let flushLatency: LatencySummary

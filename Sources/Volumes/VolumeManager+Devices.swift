@@ -106,7 +106,7 @@ extension VolumeManager {
         volume.attachKernel(made.sockets)
         let attached = AttachedDevice(identifier: identifier, device: KernelDevice(index: made.index))
         do throws(BackendError) {
-            try await finish(attached, volume)
+            try await finish(attached, volume, isOpen: true)
         } catch {
             await volume.severKernel()
             do throws(BackendError) {
@@ -120,13 +120,14 @@ extension VolumeManager {
     }
 
     /// What follows on new connections: size, queue, partitions, names.
-    private func finish(_ attached: AttachedDevice, _ volume: Volume) async throws(BackendError) {
+    /// - Parameter isOpen: whether the volume's I/O runs: a look for partitions would wait for it, or find none.
+    private func finish(_ attached: AttachedDevice, _ volume: Volume, isOpen: Bool) async throws(BackendError) {
         let size = volume.export.size
         let readOnly = volume.export.readOnly
         let heldBack = await volume.status().map { $0.state != .normal } ?? false
         let remarks = try await BlockingThread.alone { () throws(BackendError) in
             let device = attached.device
-            guard device.wait(10, until: { $0.size == size }) else {
+            guard !isOpen || device.wait(10, until: { $0.size == size }) else {
                 throw BackendError(
                     code: ETIMEDOUT, message: "\(device.path) has \(device.size) bytes after 10 s instead of \(size)")
             }
@@ -134,7 +135,7 @@ extension VolumeManager {
                 resendInterval: Self.resendInterval(device, heldBack: heldBack))
             do throws(SystemError) {
                 try QueueSettings(device).setReadOnly(readOnly)
-                try QueueSettings(device).scanPartitions()
+                if isOpen { try QueueSettings(device).scanPartitions() }
                 remarks += try DeviceNames().make(device, attached.identifier)
             } catch { throw BackendError(error) }
             return remarks
@@ -243,8 +244,10 @@ extension VolumeManager {
 
     /// Gives the device of a mapping new connections for those that have ended.
     /// - Parameter open: connections that have not ended.
-    func reconnect(_ attached: AttachedDevice, _ volume: Volume, open: Int = 0) async throws(BackendError) {
-        let settings = deviceSettings
+    func reconnect(
+        _ attached: AttachedDevice, _ volume: Volume, _ settings: VolumeSettings, open: Int = 0
+    ) async throws(BackendError) {
+        let deadConnectionTimeout = deviceSettings.reattachTimeout
         let sockets = try await blocking.run { () throws(BackendError) in
             // As many as the device was made with.
             let missing = max(attached.device.queues, 1) - open
@@ -252,14 +255,16 @@ extension VolumeManager {
             return try Self.unwrapping { () throws(KernelDeviceError) in
                 try KernelDevices().reconnect(
                     index: attached.device.index, identifier: attached.identifier.description,
-                    connections: missing, deadConnectionTimeout: settings.reattachTimeout)
+                    connections: missing, deadConnectionTimeout: deadConnectionTimeout)
             }
         }
         guard !sockets.isEmpty else { return }
         volume.attachKernel(sockets)
         let size = volume.export.size
-        try await BlockingThread.alone { () throws(BackendError) in try Self.grow(attached, to: size) }
-        try await finish(attached, volume)
+        if settings.gate != .suspended {
+            try await BlockingThread.alone { () throws(BackendError) in try Self.grow(attached, to: size) }
+        }
+        try await finish(attached, volume, isOpen: settings.gate == .normal)
     }
 }
 

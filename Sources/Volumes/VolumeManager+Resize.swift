@@ -18,6 +18,12 @@ extension VolumeManager {
         let name = "\(pool)/\(volume)"
         return try await names.run(name) { [self] () throws(BackendError) -> VolumeRecord? in
             guard let mapping = mapping(name) else { return nil }
+            guard mapping.settings.gate != .suspended else {
+                throw BackendError(
+                    code: EBUSY,
+                    message: "\(name) is suspended, and growing its device waits for its I/O;"
+                        + " `qbd resume \(name) -t normal` first")
+            }
             let opened = mapping.volume.opened
             let before = opened.record.size
             let record = try await blocking.run { () throws(BackendError) in try opened.grow(to: size) }

@@ -8,7 +8,7 @@ import Synchronization
 // What survives the daemon: each mapping is written down, and taken over by the next daemon.
 extension VolumeManager {
     func remember(
-        _ pool: any VolumePool, _ options: MapOptions, _ volume: Volume, _ deviceID: UInt32,
+        _ pool: any VolumePool, _ options: MapOptions, _ settings: VolumeSettings, _ volume: Volume, _ deviceID: UInt32,
         _ identifier: DeviceIdentifier?
     ) async throws(BackendError) {
         guard let store else { return }
@@ -18,6 +18,8 @@ extension VolumeManager {
         if case .device(let wanted) = options.target, let identifier {
             document.device = .init(identifier: identifier.description, wanted: wanted)
         }
+        if settings.gate != .normal { document.gate = .init(state: settings.gate, since: settings.gateSince) }
+        if settings.limits != .none { document.limits = settings.limits }
         let saved = document
         try await blocking.run { () throws(BackendError) in try store.save(saved) }
     }
@@ -96,15 +98,16 @@ extension VolumeManager {
                     throw BackendError(
                         code: ESTALE, message: "\(attached.device.path) has \(size) bytes, the volume \(record.size)")
                 }
-                try await reconnect(attached, volume)
+                try await reconnect(attached, volume, VolumeSettings(document))
             }
         } catch {
-            await end(volume)
+            await end(volume, failingHeld: false)
             throw error
         }
         _ = await add(
             Mapping(
-                deviceID: document.deviceID, pool: pool, options: options, volume: volume, device: attached))
+                deviceID: document.deviceID, pool: pool, options: options, volume: volume, device: attached,
+                settings: VolumeSettings(document)))
     }
 
     /// The daemon before may still be ending, with I/O under way that holds the volume's lock.
@@ -114,9 +117,9 @@ extension VolumeManager {
         let deadline = Deadline(seconds: 30)
         while true {
             do throws(BackendError) {
-                return try await serve(pool, document.volume, options, document.name) { [weak self] event in
-                    self?.handle(event, document.pool, document.volume)
-                }
+                return try await serve(
+                    pool, document.volume, options, VolumeSettings(document), document.name
+                ) { [weak self] event in self?.handle(event, document.pool, document.volume) }
             } catch {
                 guard error.code == EBUSY, !deadline.passed else { throw error }
                 await blocking.run { _ = usleep(50_000) }
@@ -176,7 +179,7 @@ extension VolumeManager {
             guard let mapping = mapping(name) else { throw notMapped(name) }
             guard let device = mapping.device else { return }
             await mapping.volume.detachKernel(grace: Self.grace)
-            try await reconnect(device, mapping.volume)
+            try await reconnect(device, mapping.volume, mapping.settings)
             mapping.volume.logger.info("remapped: the device has fresh connections")
         }
     }
@@ -189,7 +192,7 @@ extension VolumeManager {
             guard let mapping = mapping(name), let device = mapping.device,
                 let open = await mapping.volume.status()?.kernelConnections
             else { return }
-            try await reconnect(device, mapping.volume, open: open)
+            try await reconnect(device, mapping.volume, mapping.settings, open: open)
         }
     }
 }

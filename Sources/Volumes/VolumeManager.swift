@@ -19,9 +19,12 @@ package struct MapOptions: Sendable {
     package var readOnly: Bool
     /// Absolute path of the configuration the pool came from.
     package var configPath: String
+    /// From the first request on.
+    package var limits: ThrottleLimits
 
-    package init(target: MapTarget, readOnly: Bool, configPath: String) {
+    package init(target: MapTarget, readOnly: Bool, configPath: String, limits: ThrottleLimits = .none) {
         self.target = target
+        self.limits = limits
         self.readOnly = readOnly
         self.configPath = configPath
     }
@@ -39,6 +42,7 @@ package final class VolumeManager: Sendable {
         let options: MapOptions
         let volume: Volume
         let device: AttachedDevice?
+        var settings: VolumeSettings
     }
 
     struct State {
@@ -161,6 +165,7 @@ package final class VolumeManager: Sendable {
     ) async throws(BackendError) -> MappedVolume {
         let name = "\(pool.name)/\(volume)"
         return try await names.run(name) { [self] () throws(BackendError) in
+            try Self.check(options.limits)
             if let mapping = mapping(name) {
                 try checkAgreement(mapping, options, name)
                 return await describe(mapping)
@@ -250,20 +255,22 @@ package final class VolumeManager: Sendable {
             throw BackendError(code: ESHUTDOWN, message: "\(name) is not mapped: qbdd is stopping")
         }
         defer { unreserve(deviceID) }
-        let volume = try await serve(pool, volume, options, name, report: report)
+        let settings = VolumeSettings(limits: options.limits)
+        let volume = try await serve(pool, volume, options, settings, name, report: report)
         var identifier: DeviceIdentifier?
         if case .device = options.target { identifier = store?.newIdentifier(deviceID, name) }
         do throws(BackendError) {
-            try await remember(pool, options, volume, deviceID, identifier)
+            try await remember(pool, options, settings, volume, deviceID, identifier)
             var device: AttachedDevice?
             if case .device(let wanted) = options.target, let identifier {
                 device = try await attachDevice(volume, identifier, wanted: wanted)
             }
             return await add(
                 Mapping(
-                    deviceID: deviceID, pool: pool, options: options, volume: volume, device: device))
+                    deviceID: deviceID, pool: pool, options: options, volume: volume, device: device,
+                    settings: settings))
         } catch {
-            await end(volume)
+            await end(volume, failingHeld: true)
             await forget(volume)
             throw error
         }
@@ -271,7 +278,7 @@ package final class VolumeManager: Sendable {
 
     /// Opens the volume and starts its loop.
     func serve(
-        _ pool: any VolumePool, _ volume: String, _ options: MapOptions, _ name: String,
+        _ pool: any VolumePool, _ volume: String, _ options: MapOptions, _ settings: VolumeSettings, _ name: String,
         report: @escaping @Sendable (SessionEvent) -> Void
     ) async throws(BackendError) -> Volume {
         let opened = try await blocking.run { () throws(BackendError) in
@@ -281,8 +288,8 @@ package final class VolumeManager: Sendable {
         volumeLogger[metadataKey: "volume"] = "\(name)"
         do throws(BackendError) {
             return try await Volume.start(
-                name: name, opened: opened, maximumSessions: maximumConnections, logger: volumeLogger,
-                report: report)
+                name: name, opened: opened, settings: settings, maximumSessions: maximumConnections,
+                logger: volumeLogger, report: report)
         } catch {
             await blocking.run { opened.close() }
             throw error
@@ -303,8 +310,8 @@ package final class VolumeManager: Sendable {
         return await describe(mapping)
     }
 
-    func end(_ volume: Volume) async {
-        await volume.stop(grace: Self.grace)
+    func end(_ volume: Volume, failingHeld: Bool) async {
+        await volume.stop(grace: Self.grace, failingHeld: failingHeld)
         await blocking.run { volume.opened.close() }
     }
 
@@ -324,6 +331,7 @@ package final class VolumeManager: Sendable {
     /// - Returns: who lost the device by force; nil for nobody.
     package func unmap(pool: String, volume: String, force: Bool) async throws(BackendError) -> String? {
         let name = "\(pool)/\(volume)"
+        if force { cancelSuspend(name) }
         return try await names.run(name) { [self] () throws(BackendError) -> String? in
             guard let mapping = mapping(name) else {
                 return try await unmapLeftover(pool: pool, volume: volume, force: force)
@@ -340,7 +348,7 @@ package final class VolumeManager: Sendable {
                 warning = try await detachDevice(device, mapping.volume, mapping.volume.logger, force: force)
             }
             registry.remove(name)
-            let ending = Task { await end(mapping.volume) }
+            let ending = Task { await end(mapping.volume, failingHeld: true) }
             if force, await !ending.isDone(within: Self.grace + 1) {
                 // They are answered for nobody, and hold up no more than the next map.
                 let left = "requests are still with the store; the volume can be mapped again when they are done"
@@ -357,7 +365,7 @@ package final class VolumeManager: Sendable {
 
     private func close(_ mapping: Mapping, _ name: String) async {
         registry.remove(name)
-        await end(mapping.volume)
+        await end(mapping.volume, failingHeld: false)
         state.withLock { $0.mappings[name] = nil }
     }
 
@@ -385,6 +393,7 @@ package final class VolumeManager: Sendable {
         guard let mapping = mapping(name), let status = await mapping.volume.status() else { throw notMapped(name) }
         return VolumeStatus(
             mapping: describe(mapping, status), counters: status.counters, inFlight: status.inFlight,
+            heldBack: status.heldBack,
             readLatency: status.readLatency, writeLatency: status.writeLatency, flushLatency: status.flushLatency,
             clients: status.clients)
     }
@@ -400,7 +409,7 @@ package final class VolumeManager: Sendable {
             configPath: mapping.options.configPath, readOnly: mapping.options.readOnly,
             protocolName: mapping.volume.opened.protocolName,
             uri: "nbd+unix:///\(mapping.volume.name)?socket=\(Self.encoded(nbdSocketPath))",
-            state: status?.state ?? .normal,
+            limits: mapping.settings.limits, state: status?.state ?? .normal,
             since: status?.since ?? 0, connections: status?.connections ?? 0)
     }
 
@@ -471,6 +480,8 @@ package final class VolumeManager: Sendable {
         }
         await withTaskGroup(of: Void.self) { group in
             for name in mappings {
+                // Or else the end would wait until that suspend's time has passed.
+                cancelSuspend(name)
                 group.addTask { [self] in
                     await names.run(name) { [self] in
                         if let mapping = mapping(name) { await close(mapping, name) }

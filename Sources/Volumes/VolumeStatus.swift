@@ -1,10 +1,5 @@
 import Backend
 
-/// What became of I/O: see commands.md's resume. Only `normal` is reached until suspend and resume exist.
-package enum GateState: String, Sendable {
-    case normal
-}
-
 /// Counts since the volume was mapped.
 package struct VolumeCounters: Sendable, Equatable {
     package var reads: UInt64 = 0
@@ -34,6 +29,7 @@ package struct MappedVolume: Sendable {
     /// "local", "memory".
     package let protocolName: String
     package let uri: String
+    package let limits: ThrottleLimits
     package let state: GateState
     /// Seconds since 1970 when the state was entered.
     package let since: Int64
@@ -49,6 +45,7 @@ package struct VolumeStatus: Sendable {
     package let counters: VolumeCounters
     /// Requests taken and not yet answered.
     package let inFlight: Int
+    package let heldBack: HeldBack
     package let readLatency: LatencySummary
     package let writeLatency: LatencySummary
     package let flushLatency: LatencySummary

@@ -23,13 +23,15 @@ enum Help {
           unmap POOL/VOLUME              end that
           map-all, unmap-all             map and unmap what /etc/neonsan/map.conf lists
           remap POOL/VOLUME              give its device fresh connections
+          throttle POOL/VOLUME -t LIMITS limit its I/O, as in read_bps=10M,iops=0
+          suspend POOL/VOLUME            hold back its I/O
+          resume POOL/VOLUME -t MODE     let it go on, fail or be lost
           list                           list what is mapped
           info POOL/VOLUME               state, clients, counters and latency
           version                        versions of the command and the daemon
           help [VERB]                    this text, or the usage of a verb
 
-        In a later version: throttle, suspend, resume, rdma:// names. They say so
-        with exit status 95.
+        In a later version: rdma:// names. They say so with exit status 95.
 
         The same in letters, where VOLUME is [tcp://|rdma://]POOL/VOLUME:
 

@@ -22,7 +22,7 @@ struct Mapper: Sendable {
         let hook = Hook(for: entry, socket: client.path)
         let request = MapRequest(
             volume: entry.fullName, config: entry.config ?? config, readOnly: entry.readOnly, export: entry.export,
-            device: entry.device)
+            device: entry.device, limits: ThrottleArgument(entry))
         var wasMapped = mapped ?? false
         if hook != nil, mapped == nil { wasMapped = try await find(entry, for: .map) != nil }
         let mapping = try await ask(request)

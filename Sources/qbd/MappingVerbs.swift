@@ -24,6 +24,7 @@ struct Map: VerbCommand {
         help: ArgumentHelp("The kernel device to use instead of any that is free.", valueName: "/dev/nbdX"),
         completion: .file())
     var device: String?
+    @OptionGroup var limits: LimitOptions
     @OptionGroup var hook: HookOptions
     @Flag(help: "Write it into the list of volumes, too, so that map-all maps it.")
     var save = false
@@ -62,6 +63,11 @@ struct Map: VerbCommand {
                 case .export: export ? "1" : nil
                 case .readOnly: readOnly ? "1" : nil
                 case .device: device
+                case .readBytes: limits.readBps
+                case .writeBytes: limits.writeBps
+                case .readOperations: limits.readIops
+                case .writeOperations: limits.writeIops
+                case .burst: limits.burst
                 case .hook: hook.hook
                 case .hookTimeout: hook.hookTimeout
                 }

@@ -22,14 +22,19 @@ struct CommonOptions: ParsableArguments {
 
     /// The daemon that is meant.
     var client: ControlClient {
-        ControlClient(
-            path: socket ?? Environment["QBD_SOCKET"] ?? ControlClient.defaultSocketPath,
-            timeout: timeout.map { .seconds(Int64($0)) } ?? ControlClient.defaultTimeout)
+        client(timeout: timeout.map { .seconds(Int64($0)) } ?? ControlClient.defaultTimeout)
+    }
+
+    private func client(timeout: Duration) -> ControlClient {
+        ControlClient(path: socket ?? Environment["QBD_SOCKET"] ?? ControlClient.defaultSocketPath, timeout: timeout)
     }
 
     /// Asks the daemon.
-    func ask<Request: ControlRequest>(_ request: Request) async throws(Failure) -> Request.Answer {
-        try await Mapper(client: client).ask(request)
+    /// - Parameter seconds: to wait for the answer; nil is what `--timeout` says.
+    func ask<Request: ControlRequest>(
+        _ request: Request, within seconds: UInt64? = nil
+    ) async throws(Failure) -> Request.Answer {
+        try await Mapper(client: seconds.map { client(timeout: .seconds(Int64($0))) } ?? client).ask(request)
     }
 }
 

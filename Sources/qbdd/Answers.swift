@@ -23,9 +23,39 @@ extension MappingRecord {
     init(_ mapped: MappedVolume) {
         self.init(
             deviceID: mapped.deviceID, id: mapped.record.id, device: mapped.device ?? "-", volume: mapped.name,
-            config: mapped.configPath, limits: .none, state: mapped.state.rawValue, since: mapped.since,
+            config: mapped.configPath, limits: Limits(mapped.limits), state: mapped.state.rawValue, since: mapped.since,
             size: mapped.record.size, blockSize: mapped.record.blockSize, transport: mapped.protocolName,
             readOnly: mapped.readOnly, uri: mapped.uri, connections: mapped.connections)
+    }
+}
+
+extension GateState {
+    init(_ mode: ResumeMode) {
+        self =
+            switch mode {
+            case .normal: .normal
+            case .error: .error
+            case .discard: .discard
+            }
+    }
+}
+
+extension Limits {
+    init(_ limits: ThrottleLimits) {
+        self.init(
+            readBytes: limits.readBytes, writeBytes: limits.writeBytes, readOperations: limits.readOperations,
+            writeOperations: limits.writeOperations, burst: limits.burst)
+    }
+}
+
+extension ThrottleArgument {
+    /// What is not given stays as it is.
+    func apply(to limits: inout ThrottleLimits) {
+        limits.readBytes = readBytes ?? limits.readBytes
+        limits.writeBytes = writeBytes ?? limits.writeBytes
+        limits.readOperations = readOperations ?? limits.readOperations
+        limits.writeOperations = writeOperations ?? limits.writeOperations
+        limits.burst = burst ?? limits.burst
     }
 }
 
@@ -39,6 +69,9 @@ extension MappingStatus {
                 trims: counters.trims + counters.writeZeroes, readBytes: counters.bytesRead,
                 writtenBytes: counters.bytesWritten, errors: counters.errors,
                 inFlight: UInt64(max(status.inFlight, 0))),
+            heldBack: .init(
+                requests: UInt64(status.heldBack.count), oldest: status.heldBack.oldest,
+                by: status.heldBack.reason?.rawValue),
             latency: .init(
                 reads: .init(status.readLatency), writes: .init(status.writeLatency),
                 flushes: .init(status.flushLatency)))

@@ -15,13 +15,15 @@ struct DaemonService: ControlService {
         let name = try VolumeName.reachable(request.volume)
         let config = try ConfigPath.validate(request.config)
         let pool = try await pools.pool(name.pool, config)
+        var limits = ThrottleLimits.none
+        request.limits.apply(to: &limits)
         do throws(BackendError) {
             return MappingRecord(
                 try await manager.map(
                     pool, volume: name.volume,
                     options: MapOptions(
                         target: request.export ? .export : .device(wanted: request.device),
-                        readOnly: request.readOnly, configPath: config)))
+                        readOnly: request.readOnly, configPath: config, limits: limits)))
         } catch {
             throw failed("map", name, error)
         }
@@ -71,6 +73,43 @@ struct DaemonService: ControlService {
         } catch {
             throw failed("resize", name, error)
         }
+    }
+
+    func setThrottle(_ request: SetThrottleRequest) async throws(ControlError) -> SetThrottleRequest.Answer {
+        let name = try VolumeName.reachable(request.volume)
+        try checkConfig(request.config, of: name)
+        do throws(BackendError) {
+            let limits = try await manager.setLimits(pool: name.pool, volume: name.volume) {
+                [limits = request.limits] in
+                limits.apply(to: &$0)
+            }
+            return Limits(limits)
+        } catch {
+            throw failed("throttle", name, error)
+        }
+    }
+
+    func suspend(_ request: SuspendRequest) async throws(ControlError) -> SuspendRequest.Answer {
+        let name = try VolumeName.reachable(request.volume)
+        try checkConfig(request.config, of: name)
+        do throws(BackendError) {
+            try await manager.suspend(
+                pool: name.pool, volume: name.volume, timeout: request.timeout ?? SuspendRequest.defaultTimeout)
+        } catch {
+            throw failed("suspend", name, error)
+        }
+        return Done()
+    }
+
+    func resume(_ request: ResumeRequest) async throws(ControlError) -> ResumeRequest.Answer {
+        let name = try VolumeName.reachable(request.volume)
+        try checkConfig(request.config, of: name)
+        do throws(BackendError) {
+            try await manager.resume(pool: name.pool, volume: name.volume, GateState(request.mode))
+        } catch {
+            throw failed("resume", name, error)
+        }
+        return Done()
     }
 
     func list(_ request: ListRequest) async throws(ControlError) -> ListRequest.Answer {

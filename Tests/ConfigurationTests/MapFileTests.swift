@@ -17,6 +17,9 @@ private func lines(_ text: String) throws -> [String] {
     }
 }
 
+private let allKeys =
+    "config, export, readonly, device, read_bps, write_bps, read_iops, write_iops, burst_ms, hook or hook_timeout"
+
 @Suite("map.conf")
 struct MapFileTests {
     @Test("A line is a volume and what is said of it, in any order; blank lines and comments say nothing")
@@ -36,6 +39,8 @@ struct MapFileTests {
     func keys() throws {
         let values: [MapKey: [String]] = [
             .config: ["/etc/neonsan/other.conf"], .export: ["1"], .readOnly: ["1"], .device: ["/dev/nbd7"],
+            .readBytes: ["0", "1048576"], .writeBytes: ["1"], .readOperations: ["5000"], .writeOperations: ["0"],
+            .burst: ["1", "60000"],
             .hook: ["none", "/usr/sbin/hook", "/with blank/a\"b\\c"], .hookTimeout: ["1", "86400"],
         ]
         #expect(Set(values.keys) == Set(MapKey.allCases))
@@ -67,11 +72,14 @@ struct MapFileTests {
             ("a/b readonly", "'readonly' is not key=value; write it so, without blanks around '='"),
             ("a/b readonly = 1", "'readonly' is not key=value; write it so, without blanks around '='"),
             ("a/b =1", "'=1' is not key=value; write it so, without blanks around '='"),
-            ("a/b ro=1", "unknown key 'ro'; the keys are config, export, readonly, device, hook or hook_timeout"),
+            ("a/b ro=1", "unknown key 'ro'; the keys are \(allKeys)"),
+            ("a/b Export=1", "unknown key 'Export'; the keys are \(allKeys)"),
+            ("a/b read_bps=-1", "'read_bps': '-1' is negative, and a rate in bytes per second cannot be"),
             (
-                "a/b Export=1",
-                "unknown key 'Export'; the keys are config, export, readonly, device, hook or hook_timeout"
+                "a/b write_iops=1KiB",
+                "'write_iops': '1KiB' has the unknown suffix 'KiB'; use K, M, G, T or P"
             ),
+            ("a/b burst_ms=0", "'burst_ms' is '0'; it must be a whole number of milliseconds from 1 to 60000"),
             ("a/b readonly=2", "'readonly' is '2'; it must be 1 or 0"),
             ("a/b readonly=", "'readonly' has no value; write readonly=VALUE, or leave it out"),
             ("a/b export=1 export=1", "'export' is given twice"),

@@ -55,11 +55,43 @@ struct CommandTests {
         #expect(limits.writeBytes == nil, "a limit that is not named stays as it is")
         #expect(limits.readOperations == 0)
         #expect(limits.writeOperations == 2000)
+        #expect(limits.burst == nil)
+    }
+
+    @Test(
+        "the names QEMU has are understood, and one name for both directions",
+        arguments: [
+            ("bps_rd=1", "read_bps=1"), ("bps_wr=1", "write_bps=1"), ("iops_rd=1", "read_iops=1"),
+            ("iops_wr=1", "write_iops=1"), ("bps=2K", "read_bps=2048,write_bps=2048"),
+            ("iops=2K,burst_ms=7", "burst_ms=7,read_iops=2000,write_iops=2000"),
+        ])
+    func throttleAliases(alias: String, meaning: String) throws {
+        #expect(try ThrottleArgument(parsing: alias) == ThrottleArgument(parsing: meaning))
+    }
+
+    @Test("every key that is offered is understood", arguments: ThrottleArgument.keys)
+    func throttleKeys(key: String) throws {
+        #expect(try !ThrottleArgument(parsing: "\(key)=1").isEmpty)
+    }
+
+    @Test("limits lie flat in a request, and what is not given is absent")
+    func throttleRequest() throws {
+        let request = SetThrottleRequest(
+            volume: "a/b", config: nil, limits: try ThrottleArgument(parsing: "read_bps=1M,burst_ms=50"))
+        #expect(try ControlJSON.compact(request) == #"{"burst_ms":50,"read_bps":1048576,"volume":"a/b"}"#)
+        let map = MapRequest(
+            volume: "a/b", config: "/c", readOnly: false, export: true, limits: try ThrottleArgument(parsing: "iops=5"))
+        #expect(
+            try ControlJSON.compact(map)
+                == #"{"config":"/c","export":true,"read_iops":5,"read_only":false,"volume":"a/b","write_iops":5}"#)
     }
 
     @Test(
         "a bad limit is refused with code 22",
-        arguments: ["", "read_bps", "read_bps=", "bps=1", "read_bps=1,read_bps=2", "read_bps=1,", "read_iops=-1", "=5"])
+        arguments: [
+            "", "read_bps", "read_bps=", "rbps=1", "read_bps=1,read_bps=2", "read_bps=1,", "read_iops=-1", "=5",
+            "bps=1,write_bps=1", "iops_rd=1,read_iops=2", "burst_ms=0", "burst_ms=60001", "burst_ms=1K", "burst_ms=",
+        ])
     func badThrottle(text: String) {
         #expect { try ThrottleArgument(parsing: text) } throws: { ($0 as? ControlError)?.code == 22 }
     }

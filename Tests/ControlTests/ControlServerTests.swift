@@ -66,28 +66,6 @@ struct ControlServerTests {
         }
     }
 
-    @Test("commands of a later version are refused by client and server alike, with code 95")
-    func laterVersion() async throws {
-        try await Fixture.with { fixture in
-            let client = fixture.client
-            let error = await #expect(throws: ControlError.self) {
-                try await client.send(SuspendRequest(volume: "a/b", config: nil))
-            }
-            #expect(error?.code == 95)
-            let bodies = [
-                (Command.suspend, #"{"volume":"a/b"}"#),
-                (.resume, #"{"volume":"a/b","mode":"discard"}"#),
-                (.setThrottle, #"{"volume":"a/b","read_bps":1}"#),
-            ]
-            for (command, body) in bodies {
-                let answer = try await fixture.post(command.path, body)
-                #expect(answer.contains("501 Not Implemented"), "\(command): \(answer)")
-                #expect(answer.contains(#""code":95"#), "\(command): \(answer)")
-                #expect(answer.contains(command.ioctlName), "\(command): \(answer)")
-            }
-        }
-    }
-
     @Test("a long list arrives whole")
     func longList() async throws {
         try await Fixture.with { fixture in

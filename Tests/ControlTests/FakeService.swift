@@ -37,6 +37,21 @@ final class FakeService: ControlService {
         return Done()
     }
 
+    func setThrottle(_ request: SetThrottleRequest) async throws(ControlError) -> SetThrottleRequest.Answer {
+        note("throttle \(request.volume) \(request.limits.readBytes ?? 0)")
+        return .none
+    }
+
+    func suspend(_ request: SuspendRequest) async throws(ControlError) -> SuspendRequest.Answer {
+        note("suspend \(request.volume) \(request.timeout ?? 0)")
+        return Done()
+    }
+
+    func resume(_ request: ResumeRequest) async throws(ControlError) -> ResumeRequest.Answer {
+        note("resume \(request.volume) \(request.mode)")
+        return Done()
+    }
+
     func list(_ request: ListRequest) async throws(ControlError) -> ListRequest.Answer {
         .init(mappings: state.withLock { $0.mappings })
     }
@@ -56,6 +71,7 @@ final class FakeService: ControlService {
             mapping: .example,
             counters: .init(
                 reads: 1, writes: 2, flushes: 3, trims: 4, readBytes: 5, writtenBytes: .max, errors: 7, inFlight: 8),
+            heldBack: .init(requests: 9, oldest: 10, by: "throttle"),
             latency: .init(reads: none, writes: none, flushes: none))
     }
 

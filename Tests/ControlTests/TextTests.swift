@@ -51,6 +51,7 @@ struct TextTests {
             mapping: mapping,
             counters: .init(
                 reads: 10, writes: 0, flushes: 0, trims: 0, readBytes: 40961, writtenBytes: 0, errors: 0, inFlight: 2),
+            heldBack: .init(requests: 0, oldest: 0),
             latency: .init(reads: some, writes: none, flushes: none))
         #expect(
             StatusText.text(status) == """
@@ -72,6 +73,7 @@ struct TextTests {
                 trims:         0
                 errors:        0
                 in flight:     2
+                held back:     0
                 read latency:  p50 12.3 us, p90 50.0 us, p99 100.0 us, p99.9 1235 us, max 2000 us
                 write latency: - (none yet)
                 flush latency: - (none yet)
@@ -79,11 +81,31 @@ struct TextTests {
                 """)
     }
 
+    @Test("info says why I/O waits, and for how long")
+    func heldBack() {
+        let none = MappingStatus.Percentiles(count: 0, p50: 0, p90: 0, p99: 0, p999: 0, max: 0)
+        var status = MappingStatus(
+            mapping: mapping,
+            counters: .init(
+                reads: 0, writes: 0, flushes: 0, trims: 0, readBytes: 0, writtenBytes: 0, errors: 0, inFlight: 3),
+            heldBack: .init(requests: 3, oldest: 61_290, by: "suspended"),
+            latency: .init(reads: none, writes: none, flushes: none))
+        #expect(StatusText.text(status).contains("held back:     3, the oldest for 61.2 s: the volume is suspended\n"))
+        status.heldBack.by = "throttle"
+        status.mapping.limits.writeBytes = 4096
+        #expect(
+            StatusText.text(status).contains("held back:     3, the oldest for 61.2 s: they wait for their limits\n"))
+        #expect(
+            StatusText.text(status).contains(
+                "limits:        read_bps=unlimited write_bps=4096 read_iops=unlimited write_iops=unlimited burst_ms=100\n"
+            ))
+    }
+
     @Test("JSON has the list's columns under their names, flat")
     func json() throws {
         #expect(
             try ControlJSON.compact([mapping]) == """
-                [{"block_size":512,"config":"/etc/neonsan/qbd.conf","connections":1,"dev_id":0,"device":"qbd0",\
+                [{"block_size":512,"burst_ms":100,"config":"/etc/neonsan/qbd.conf","connections":1,"dev_id":0,"device":"qbd0",\
                 "protocol":"local","read_bps":0,"read_iops":0,"read_only":false,"since":1700000000,"size":1073741824,\
                 "state":"normal","uri":"nbd+unix:///csi/foo1?socket=/run/qbd/nbd.sock","vol_id":"0x3ff7000000",\
                 "volume":"csi/foo1","write_bps":0,"write_iops":0}]

@@ -653,14 +653,6 @@ def test_usage_error(words):
 
 
 LATER = [
-    ["throttle", "disk/foo", "-t", "read_bps=10M,write_iops=0"],
-    ["-s", "disk/foo", "-t", "read_iops=100"],
-    ["--setthrottle", "disk/foo", "--throttle", "write_bps=1G"],
-    ["suspend", "disk/foo"],
-    ["-S", "disk/foo"],
-    ["resume", "disk/foo", "-t", "normal"],
-    ["-R", "disk/foo", "-t", "error"],
-    ["--resume", "disk/foo", "-t", "discard"],
     ["map", "--export", "rdma://disk/foo"],
 ]
 

@@ -258,6 +258,11 @@ OPTIONS = {
     "export": (["--export"], "export=1"),
     "readonly": (["--read-only"], "readonly=1"),
     "device": (["--device", "/dev/nbd7"], "device=/dev/nbd7"),
+    "read_bps": (["--read-bps", "1M"], "read_bps=1048576"),
+    "write_bps": (["--write-bps", "0"], "write_bps=0"),
+    "read_iops": (["--read-iops", "5K"], "read_iops=5000"),
+    "write_iops": (["--write-iops", "7"], "write_iops=7"),
+    "burst_ms": (["--burst", "250"], "burst_ms=250"),
     "hook": (["--hook", "none"], "hook=none"),
     "hook_timeout": (["--hook-timeout", "7"], "hook_timeout=7"),
 }

@@ -114,9 +114,10 @@ import Volumes
         var logger = Logger(label: "test")
         logger.logLevel = .critical
         let volume = try await Volume.start(
-            name: "pool/volume", opened: opened, maximumSessions: 1, logger: logger, report: report)
+            name: "pool/volume", opened: opened, settings: VolumeSettings(), maximumSessions: 1, logger: logger,
+            report: report)
         try await body(volume, opened.backend)
-        await volume.stop(grace: 0)
+        await volume.stop(grace: 0, failingHeld: false)
     }
 }
 
