@@ -20,12 +20,13 @@ import time
 
 import nbd
 
-from loads import COUNTED, LOADS, MiB, Load, count_allocations, measure
+from loads import COUNTED, LOADS, KiB, MiB, Load, count_allocations, measure
 from servers import BIN, REPOSITORY, SERVERS, Failure, Qbd, run
 
-SUITES = ("onehop-memory", "onehop-local", "many")
+SUITES = ("onehop-memory", "onehop-local", "many", "snapshots")
 RESULTS = REPOSITORY / ".build" / "bench.json"
 VOLUMES = 64
+DEPTH = 20
 
 
 class Bars:
@@ -160,6 +161,47 @@ def many(options, bars):
     return rows
 
 
+def snapshots(options, bars):
+    """A volume without snapshots beside one that is as large and has 20, each layer with a part of the data."""
+    rows = []
+    loads = [load for load in options.loads if "write" not in load.kind] + [Load("randwrite", "4k", 32)]
+    with Qbd(options.size, options.directory, volumes=2) as server:
+        plain, deep = [server.qbd("map", "--export", f"bench/volume{index}").strip() for index in range(2)]
+        random = random_file(options.directory, options.size)
+        for uri in (plain, deep):
+            run("nbdcopy", "--flush", random, uri)
+        random.unlink()
+        client = nbd.NBD()
+        client.connect_uri(deep)
+        pause = []
+        for depth in range(DEPTH):
+            # A twentieth of the volume, in pieces of 64 KiB, so that neighbours are in different layers.
+            for place in range(depth * 64 * KiB, options.size, DEPTH * 64 * KiB):
+                client.pwrite(os.urandom(64 * KiB), place)
+            began = time.monotonic()
+            server.qbd("snapshot", "create", f"bench/volume1@s{depth}")
+            pause.append(time.monotonic() - began)
+        client.flush()
+        client.shutdown()
+        print(f"\nsnapshots: {DEPTH} made in {statistics.median(pause) * 1000:.0f} ms each")
+        for load in loads:
+            samples = {"plain": [], "deep": []}
+            for turn in range(options.rounds):
+                for name, uri in (("plain", plain), ("deep", deep))[:: 1 if turn % 2 else -1]:
+                    server.uri = uri
+                    samples[name].append(measure(server, load, options.seconds))
+            medians = {
+                name: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+                for name, runs in samples.items()
+            }
+            print_load("snapshots", load, medians)
+            rows += [{"suite": "snapshots", "load": str(load), "server": name, **row} for name, row in medians.items()]
+            if load.kind == "randread":
+                of_plain = medians["deep"]["iops"] / medians["plain"]["iops"]
+                bars.check("snapshots", f"{load}: IOPS {DEPTH} deep of those without", of_plain, 0.9, True)
+    return rows
+
+
 def random_file(directory, size):
     """A file of random bytes, removed by the caller."""
     path = pathlib.Path(directory) / f"bench-random-{os.getpid()}"
@@ -229,7 +271,8 @@ def main():
     rows = []
     describe(options)
     for suite in options.suites:
-        rows += many(options, bars) if suite == "many" else one_hop(suite, options, bars)
+        alone = {"many": many, "snapshots": snapshots}.get(suite)
+        rows += alone(options, bars) if alone else one_hop(suite, options, bars)
     bars.report()
     write(rows, options.suites)
 

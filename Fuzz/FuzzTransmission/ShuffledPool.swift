@@ -14,7 +14,9 @@ final class ShuffledPool: VolumePool {
         VolumeRecord(id: 1 << 24, volume: volume, size: size, blockSize: blockSize, created: 0)
     }
 
-    func delete(volume: String) {}
+    func delete(volume: String, snapshots: Bool) {}
+
+    func grow(volume: String, to size: UInt64?) throws(BackendError) -> VolumeRecord { throw fixedSize }
 
     func list() -> [VolumeRecord] { [] }
 
@@ -37,8 +39,12 @@ private final class ShuffledVolume: OpenVolume {
         ShuffledBackend(record, loop, buffers, client)
     }
 
+    func grow(to size: UInt64?) throws(BackendError) -> VolumeRecord { throw fixedSize }
+
     func close() {}
 }
+
+private let fixedSize = BackendError(code: EOPNOTSUPP, message: "a volume of this kind does not grow")
 
 final class ShuffledBackend: Backend, TurnObserver {
     /// Reads here fail with EIO.
@@ -65,6 +71,8 @@ final class ShuffledBackend: Backend, TurnObserver {
     }
 
     func close() { loop.unobserve(self) }
+
+    func resized(to size: UInt64) {}
 
     func placement(offset: UInt64, length: UInt32) -> UnsafeMutableRawPointer? {
         offset & 0x4000 == 0 ? base + Int(offset) : nil

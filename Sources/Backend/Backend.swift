@@ -52,6 +52,8 @@ package struct Geometry: Sendable {
     package var maximumTransfer: UInt32 = .max
     /// No I/O may cross a multiple of this many bytes; 0 for none. A power of two.
     package var boundary: UInt64 = 0
+    /// As `boundary`, for reads and writes alone.
+    package var transferBoundary: UInt64 = 0
     package var canTrim = true
     /// Write-zeroes without a payload is cheaper than writing zeros.
     package var canZeroFast = true
@@ -107,8 +109,41 @@ package protocol OpenVolume: AnyObject, Sendable {
     /// - Returns: the new record, which `record` gives from now on.
     func grow(to size: UInt64?) throws(BackendError) -> VolumeRecord
 
+    /// What is to be done for it now that snapshots were deleted; nil for nothing. On the blocking-work thread.
+    var dueChange: StoreChange? { get }
+
+    /// Writes down what is not, so that what comes next, with I/O held back, has little to wait for.
+    func settle() throws(BackendError)
+
+    /// Makes changes of the store that need I/O to be held back, on the blocking-work thread. Its backend is closed.
+    /// - Returns: the volume opened anew, to start in place of this one, which is still to be closed. On an error, this
+    ///   one is as it was.
+    func reopen(after change: StoreChange) throws(BackendError) -> any OpenVolume
+
     /// Gives descriptors and locks back, after the backend was closed or was never started. On the blocking-work thread.
     func close()
+}
+
+/// A store without snapshots.
+extension OpenVolume {
+    package var dueChange: StoreChange? { nil }
+
+    package func settle() {}
+
+    package func reopen(after change: StoreChange) throws(BackendError) -> any OpenVolume {
+        throw BackendError(
+            code: EOPNOTSUPP, message: "\(record.volume): a volume of type \(protocolName) has no snapshots")
+    }
+}
+
+/// What `OpenVolume.reopen` does first.
+package enum StoreChange: Sendable, Equatable {
+    /// Nothing: files that were replaced are let go.
+    case nothing
+    /// Makes a snapshot of all that was completed.
+    case snapshot(String)
+    /// One step towards fewer files, after a snapshot was deleted.
+    case tidy
 }
 
 /// A set of volumes. All calls block; they are made on the blocking-work thread.
@@ -119,14 +154,55 @@ package protocol VolumePool: AnyObject, Sendable {
     ///   - size: bytes, a multiple of `blockSize`, at least one block.
     ///   - blockSize: 512 or 4096.
     func create(volume: String, size: UInt64, blockSize: UInt32) throws(BackendError) -> VolumeRecord
-    /// Fails with EBUSY while the volume is open anywhere.
-    func delete(volume: String) throws(BackendError)
+    /// Fails with EBUSY while the volume, or a snapshot of it, is open anywhere.
+    /// - Parameter snapshots: delete its snapshots too; EBUSY when it has some and this is false.
+    func delete(volume: String, snapshots: Bool) throws(BackendError)
     /// Sorted by name.
     func list() throws(BackendError) -> [VolumeRecord]
     /// Grows a volume that is not open, as `OpenVolume.grow`; EBUSY when it is open.
     func grow(volume: String, to size: UInt64?) throws(BackendError) -> VolumeRecord
     /// Opens for one user; a second open that could write fails with EBUSY.
+    /// - Parameter volume: `volume`, or `volume@snapshot`, which can only be read.
     func open(volume: String, readOnly: Bool) throws(BackendError) -> any OpenVolume
+}
+
+/// A pool whose volumes have snapshots. All calls block.
+package protocol SnapshotPool: VolumePool {
+    /// Of a volume that is not open; an open one makes it itself.
+    func createSnapshot(volume: String, snapshot: String) throws(BackendError) -> SnapshotRecord
+    /// Oldest first.
+    func snapshots(volume: String) throws(BackendError) -> [SnapshotRecord]
+    /// Space comes back with `tidy`. EBUSY while the snapshot is open.
+    func deleteSnapshot(volume: String, snapshot: String) throws(BackendError)
+    /// Gives the volume the contents and the size it had; EBUSY while it is open. Its snapshots stay, newer ones too.
+    func rollback(volume: String, snapshot: String) throws(BackendError)
+    /// Makes a volume that begins with the contents of a snapshot, and shares what neither changes.
+    func clone(volume: String, snapshot: String, to new: String) throws(BackendError) -> VolumeRecord
+    /// Whether `tidy` would find something.
+    func needsTidying() throws(BackendError) -> Bool
+    /// Merges the files of deleted snapshots into what was made on top of them. Takes as long as copying takes; other
+    /// calls go on meanwhile. What belongs to open volumes is left to `OpenVolume.reopen`.
+    /// - Parameter stop: asked now and then; true ends it early, to be called again.
+    /// - Returns: whether it changed something.
+    func tidy(stop: () -> Bool) throws(BackendError) -> Bool
+}
+
+/// What a pool knows of a snapshot.
+package struct SnapshotRecord: Sendable, Equatable {
+    /// A multiple of 2^24, unique in its pool among volumes and snapshots.
+    package let id: UInt64
+    package let name: String
+    /// Bytes.
+    package let size: UInt64
+    /// Seconds since 1970, UTC.
+    package let created: Int64
+
+    package init(id: UInt64, name: String, size: UInt64, created: Int64) {
+        self.id = id
+        self.name = name
+        self.size = size
+        self.created = created
+    }
 }
 
 /// What a pool knows of a volume without opening it.

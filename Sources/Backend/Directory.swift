@@ -40,6 +40,16 @@ package struct Directory: ~Copyable {
         try Self.call("rename \(path)/\(old) to \(new)") { renameat(descriptor, old, descriptor, new) }
     }
 
+    /// - Returns: false when it cannot be looked at.
+    package func look(at file: String, _ status: inout stat) -> Bool {
+        fstatat(descriptor, file, &status, AT_SYMLINK_NOFOLLOW) == 0
+    }
+
+    /// Gives a file a second name.
+    package func link(_ file: String, to new: String) throws(BackendError) {
+        try Self.call("link \(path)/\(file) to \(new)") { linkat(descriptor, file, descriptor, new, 0) }
+    }
+
     /// Removes the file if it is there.
     package func remove(_ file: String) throws(BackendError) {
         do { try Self.call("remove \(path)/\(file)") { unlinkat(descriptor, file, 0) } } catch {

@@ -41,6 +41,9 @@ package struct VolumeName: Sendable, CustomStringConvertible {
             transport: transport)
     }
 
+    /// `volume[@snapshot]`: what a pool knows it by.
+    package var inPool: String { volume + (snapshot.map { "@\($0)" } ?? "") }
+
     /// `pool/volume[@snapshot]`, without a scheme.
     package var description: String {
         "\(pool)/\(volume)" + (snapshot.map { "@\($0)" } ?? "")

@@ -17,6 +17,11 @@ package enum Command: UInt8, CaseIterable, Sendable {
     case create = 16
     case delete = 17
     case volumes = 18
+    case createSnapshot = 19
+    case deleteSnapshot = 20
+    case rollback = 21
+    case snapshots = 22
+    case clone = 23
 
     /// The name under which people, scripts and logs know the command, as in `QBD_IOC_MAP_VOLUME`.
     package var ioctlName: String {
@@ -34,6 +39,11 @@ package enum Command: UInt8, CaseIterable, Sendable {
         case .create: "QBD_IOC_CREATE_VOLUME"
         case .delete: "QBD_IOC_DELETE_VOLUME"
         case .volumes: "QBD_IOC_LIST_POOL"
+        case .createSnapshot: "QBD_IOC_CREATE_SNAPSHOT"
+        case .deleteSnapshot: "QBD_IOC_DELETE_SNAPSHOT"
+        case .rollback: "QBD_IOC_ROLLBACK_VOLUME"
+        case .snapshots: "QBD_IOC_LIST_SNAPSHOT"
+        case .clone: "QBD_IOC_CLONE_VOLUME"
         }
     }
 

@@ -49,6 +49,11 @@ struct ControlRouter: Sendable {
         case .create: try await answer(body) { r throws(ControlError) in try await service.create(r) }
         case .delete: try await answer(body) { r throws(ControlError) in try await service.delete(r) }
         case .volumes: try await answer(body) { r throws(ControlError) in try await service.volumes(r) }
+        case .createSnapshot: try await answer(body) { r throws(ControlError) in try await service.createSnapshot(r) }
+        case .deleteSnapshot: try await answer(body) { r throws(ControlError) in try await service.deleteSnapshot(r) }
+        case .rollback: try await answer(body) { r throws(ControlError) in try await service.rollback(r) }
+        case .snapshots: try await answer(body) { r throws(ControlError) in try await service.snapshots(r) }
+        case .clone: try await answer(body) { r throws(ControlError) in try await service.clone(r) }
         }
     }
 

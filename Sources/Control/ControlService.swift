@@ -13,4 +13,9 @@ package protocol ControlService: Sendable {
     func create(_ request: CreateRequest) async throws(ControlError) -> CreateRequest.Answer
     func delete(_ request: DeleteRequest) async throws(ControlError) -> DeleteRequest.Answer
     func volumes(_ request: VolumesRequest) async throws(ControlError) -> VolumesRequest.Answer
+    func createSnapshot(_ request: CreateSnapshotRequest) async throws(ControlError) -> CreateSnapshotRequest.Answer
+    func deleteSnapshot(_ request: DeleteSnapshotRequest) async throws(ControlError) -> DeleteSnapshotRequest.Answer
+    func rollback(_ request: RollbackRequest) async throws(ControlError) -> RollbackRequest.Answer
+    func snapshots(_ request: SnapshotsRequest) async throws(ControlError) -> SnapshotsRequest.Answer
+    func clone(_ request: CloneRequest) async throws(ControlError) -> CloneRequest.Answer
 }

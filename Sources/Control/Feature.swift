@@ -3,7 +3,6 @@
 /// This file is the one place that decides it.
 package enum Feature: CaseIterable, Sendable {
     case rdma
-    case snapshot
 
     /// The error that says so, with code 95.
     package var comesLater: ControlError { .comesLater(subject) }
@@ -11,7 +10,6 @@ package enum Feature: CaseIterable, Sendable {
     private var subject: String {
         switch self {
         case .rdma: "the transport rdma:// (use tcp://, or no scheme at all)"
-        case .snapshot: "a snapshot, pool/volume@snapshot,"
         }
     }
 }

@@ -32,10 +32,23 @@ package struct DeleteRequest: ControlRequest {
 
     package var volume: String
     package var config: String
+    /// Its snapshots too; refused when it has some and this is not set.
+    package var snapshots: Bool
 
-    package init(volume: String, config: String) {
+    package init(volume: String, config: String, snapshots: Bool = false) {
         self.volume = volume
         self.config = config
+        self.snapshots = snapshots
+    }
+
+    package enum CodingKeys: String, CodingKey { case volume, config, snapshots }
+
+    /// A flag that is left out is not set.
+    package init(from decoder: any Decoder) throws {
+        let fields = try decoder.container(keyedBy: CodingKeys.self)
+        volume = try fields.decode(String.self, forKey: .volume)
+        config = try fields.decode(String.self, forKey: .config)
+        snapshots = try fields.decodeIfPresent(Bool.self, forKey: .snapshots) ?? false
     }
 }
 

@@ -1,17 +1,28 @@
 import Configuration
 
 extension VolumeName {
+    /// Whether a name is to have a snapshot behind its volume.
+    package enum SnapshotPart { case none, allowed, required }
+
     /// A volume's name that this version can do something with; checked by the command and again by the daemon.
     ///
-    /// - Throws: code 22 for what is no name, 95 for a snapshot and for `rdma://`.
-    package static func reachable(_ text: String) throws(ControlError) -> VolumeName {
+    /// - Throws: code 22 for what is no name, or has a snapshot where none is allowed, or none where one is required; 95
+    ///   for `rdma://`.
+    package static func reachable(
+        _ text: String, snapshot: SnapshotPart = .none
+    ) throws(ControlError) -> VolumeName {
         let name: VolumeName
         do throws(ConfigurationError) {
             name = try VolumeName(parsing: text)
         } catch {
             throw .invalid("\(error)")
         }
-        if name.snapshot != nil { throw Feature.snapshot.comesLater }
+        switch (snapshot, name.snapshot) {
+        case (.none, .some):
+            throw .invalid("\(name) is a snapshot, and this takes a volume: \(name.pool)/\(name.volume)")
+        case (.required, nil): throw .invalid("\(name) is a volume, and this takes a snapshot: \(name)@SNAPSHOT")
+        default: break
+        }
         if name.transport == .rdma { throw Feature.rdma.comesLater }
         return name
     }

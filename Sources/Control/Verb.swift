@@ -14,6 +14,8 @@ package enum Verb: String, CaseIterable, Sendable {
     case create
     case delete
     case volumes
+    case snapshot
+    case clone
     case version
     case help
 
@@ -35,7 +37,7 @@ package enum Verb: String, CaseIterable, Sendable {
         case .resize: ("z", "resize")
         case .version: ("v", "version")
         case .help: ("h", "help")
-        case .create, .delete, .volumes: nil
+        case .create, .delete, .volumes, .snapshot, .clone: nil
         }
     }
 
@@ -43,7 +45,7 @@ package enum Verb: String, CaseIterable, Sendable {
     package var letterTakesName: Bool {
         switch self {
         case .map, .unmap, .remap, .throttle, .suspend, .resume, .info, .resize: true
-        case .list, .mapAll, .unmapAll, .version, .help, .create, .delete, .volumes: false
+        case .list, .mapAll, .unmapAll, .version, .help, .create, .delete, .volumes, .snapshot, .clone: false
         }
     }
 
@@ -64,8 +66,10 @@ package enum Verb: String, CaseIterable, Sendable {
         case .resume: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] -t normal|error|discard"
         case .resize: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] -k SIZE|--to-store-size [--rescan-partitions]"
         case .create: "POOL/VOLUME -k SIZE [--block-size 512|4096] [-c CONFIG]"
-        case .delete: "POOL/VOLUME [-c CONFIG]"
+        case .delete: "POOL/VOLUME [--snapshots] [-c CONFIG]"
         case .volumes: "[POOL] [-c CONFIG]"
+        case .snapshot: "create|delete|rollback|list POOL/VOLUME[@SNAPSHOT] [-c CONFIG]"
+        case .clone: "POOL/VOLUME@SNAPSHOT POOL/NEW [-c CONFIG]"
         case .version: ""
         case .help: "[VERB]"
         }

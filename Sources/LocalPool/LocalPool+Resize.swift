@@ -11,10 +11,15 @@ extension LocalPool {
         let lock = try directory.lock()
         defer { Glibc.close(lock) }
         try recover(directory)
-        guard directory.exists(Self.description(volume)) else { throw missing(volume) }
-        let data = try openData(directory, volume, readOnly: false)
-        defer { Glibc.close(data) }
-        return try grow(directory, volume, data, to: size)
+        switch try open(directory, volume, readOnly: false) {
+        case let layered as LayeredOpenVolume:
+            defer { layered.close() }
+            return try grow(directory, layered, to: size)
+        case let plain as LocalOpenVolume:
+            defer { plain.close() }
+            return try grow(directory, volume, plain.descriptor, to: size)
+        default: preconditionFailure("a local pool has two kinds of volumes")
+        }
     }
 
     /// Grows a volume that is open.
@@ -23,18 +28,59 @@ extension LocalPool {
         let directory = try Directory(path: path)
         let lock = try directory.lock()
         defer { Glibc.close(lock) }
-        guard readOnly else { return try grow(directory, volume, data, to: size) }
+        if readOnly { return try describeReadOnly(directory, volume, growing: size) }
+        return try grow(directory, volume, data, to: size)
+    }
+
+    func grow(_ opened: LayeredOpenVolume, to size: UInt64?) throws(BackendError) -> VolumeRecord {
+        let directory = try Directory(path: path)
+        let lock = try directory.lock()
+        defer { Glibc.close(lock) }
+        if opened.record.volume.contains("@") {
+            guard size == nil else {
+                throw BackendError(
+                    code: EROFS, message: "\(name)/\(opened.record.volume) is a snapshot and never grows")
+            }
+            return opened.record
+        }
+        if opened.readOnly { return try describeReadOnly(directory, opened.record.volume, growing: size) }
+        return try grow(directory, opened, to: size)
+    }
+
+    private func describeReadOnly(
+        _ directory: borrowing Directory, _ volume: String, growing size: UInt64?
+    ) throws(BackendError) -> VolumeRecord {
         guard size == nil else {
             throw BackendError(
                 code: EROFS, message: "\(name)/\(volume) is mapped read-only; map it writable to grow it")
         }
-        return try describe(directory, volume)
+        return try describe(directory, volume).record
+    }
+
+    /// A volume in layers has the size its description says; its files may be longer, and have holes there.
+    private func grow(
+        _ directory: borrowing Directory, _ opened: LayeredOpenVolume, to wanted: UInt64?
+    ) throws(BackendError) -> VolumeRecord {
+        var description = try describe(directory, opened.record.volume)
+        guard let size = wanted else { return description.record }
+        try description.record.checkGrowth(to: size, pool: name)
+        description.record = description.record.resized(to: size)
+        try opened.headFile.extend(to: Layer.padded(size))
+        try opened.headFile.synchronize()
+        if let mapFile = opened.mapFile {
+            try mapFile.extend(to: Layer.headerSize + UInt64(Layer.clusters(size)))
+            try mapFile.synchronize()
+        }
+        try extendFirst(directory, opened.layers[0], to: size)
+        try replaceDescription(directory, description)
+        return description.record
     }
 
     private func grow(
         _ directory: borrowing Directory, _ volume: String, _ data: Int32, to wanted: UInt64?
     ) throws(BackendError) -> VolumeRecord {
-        let record = try describe(directory, volume)
+        var description = try describe(directory, volume)
+        let record = description.record
         var status = stat()
         fstat(data, &status)
         let length = UInt64(clamping: status.st_size)
@@ -51,16 +97,19 @@ extension LocalPool {
             }
             try retrying("synchronize \(file)") { fsync(data) }
         } catch { throw BackendError(error) }
-        try replaceDescription(directory, grown)
+        description.record = grown
+        try replaceDescription(directory, description)
         return grown
     }
 
     /// Writes a volume's description anew, durably and at once.
-    func replaceDescription(_ directory: borrowing Directory, _ record: VolumeRecord) throws(BackendError) {
-        let file = Self.description(record.volume)
+    func replaceDescription(
+        _ directory: borrowing Directory, _ description: VolumeDescription
+    ) throws(BackendError) {
+        let file = Self.description(description.record.volume)
         let draft = Self.ours + file + Self.fresh
         do {
-            try directory.write(VolumeDescription.encode(record), to: draft)
+            try directory.write(description.encode(), to: draft)
             try directory.rename(draft, to: file)
         } catch {
             try directory.remove(draft)

@@ -16,11 +16,11 @@ package final class LocalPool: VolumePool {
         self.path = path
     }
 
-    private static let describedBy = ".volume"
+    static let describedBy = ".volume"
     private static let dataIn = ".raw"
     static let ours = "~"
     static let fresh = ".new"
-    private static let deleted = ".deleted"
+    static let deleted = ".deleted"
 
     static func description(_ volume: String) -> String { volume + describedBy }
     static func data(_ volume: String) -> String { volume + dataIn }
@@ -32,21 +32,14 @@ package final class LocalPool: VolumePool {
         let lock = try directory.lock()
         defer { Glibc.close(lock) }
         try recover(directory)
-        guard !directory.exists(Self.description(volume)) else {
-            throw BackendError(code: EEXIST, message: "\(name)/\(volume) exists already")
-        }
-        guard !directory.exists(Self.data(volume)) else {
-            throw BackendError(
-                code: EEXIST,
-                message: "\(path)/\(Self.data(volume)) is in the way and belongs to no volume; move it away")
-        }
+        try checkFree(directory, volume)
         let record = VolumeRecord(
             id: try unusedID(directory), volume: volume, size: size, blockSize: blockSize, created: Int64(time(nil)))
         let freshData = Self.ours + Self.data(volume) + Self.fresh
         let freshDescription = Self.ours + Self.description(volume) + Self.fresh
         do {
             try makeSparse(directory, freshData, size: size)
-            try directory.write(VolumeDescription.encode(record), to: freshDescription)
+            try directory.write(VolumeDescription(record).encode(), to: freshDescription)
             try directory.rename(freshDescription, to: Self.description(volume))
             try directory.synchronize()
             // From here on the volume exists; a crash before this rename is mended by `recover`.
@@ -59,6 +52,18 @@ package final class LocalPool: VolumePool {
         return record
     }
 
+    /// EEXIST when a new volume cannot have the name.
+    func checkFree(_ directory: borrowing Directory, _ volume: String) throws(BackendError) {
+        guard !directory.exists(Self.description(volume)) else {
+            throw BackendError(code: EEXIST, message: "\(name)/\(volume) exists already")
+        }
+        guard !directory.exists(Self.data(volume)) else {
+            throw BackendError(
+                code: EEXIST,
+                message: "\(path)/\(Self.data(volume)) is in the way and belongs to no volume; move it away")
+        }
+    }
+
     private func makeSparse(_ directory: borrowing Directory, _ file: String, size: UInt64) throws(BackendError) {
         let data = try directory.open(file, O_RDWR | O_CREAT | O_TRUNC)
         defer { Glibc.close(data) }
@@ -68,26 +73,59 @@ package final class LocalPool: VolumePool {
         } catch { throw BackendError(error) }
     }
 
-    private func unusedID(_ directory: borrowing Directory) throws(BackendError) -> UInt64 {
-        let used = Set(try records(directory).map(\.id))
+    /// For a volume or a snapshot.
+    func unusedID(_ directory: borrowing Directory) throws(BackendError) -> UInt64 {
+        var used: Set<UInt64> = []
+        for volume in try records(directory).map(\.volume) {
+            let description = try describe(directory, volume)
+            used.insert(description.record.id)
+            used.formUnion(description.snapshots.map(\.record.id))
+        }
         while true {
             let id = UInt64.random(in: 1..<(1 << 38)) << 24
             if !used.contains(id) { return id }
         }
     }
 
-    package func delete(volume: String) throws(BackendError) {
+    package func delete(volume: String, snapshots: Bool) throws(BackendError) {
         let directory = try Directory(path: path)
         let lock = try directory.lock()
         defer { Glibc.close(lock) }
         try recover(directory)
-        guard directory.exists(Self.description(volume)) else { throw missing(volume) }
+        let description = try describe(directory, volume)
+        guard snapshots || description.snapshots.isEmpty else {
+            let names = description.snapshots.map(\.record.name)
+            throw BackendError(
+                code: EBUSY,
+                message: "\(name)/\(volume) has \(names.count) snapshot\(names.count == 1 ? "" : "s") "
+                    + "(\(names.prefix(4).joined(separator: ", "))); delete them first, or add --snapshots")
+        }
         // Held until the end: nobody can open what is going away.
-        let data = try openData(directory, volume, readOnly: false)
-        defer { Glibc.close(data) }
+        let locks = try lockAll(directory, description)
+        defer { for lock in locks { Glibc.close(lock) } }
+        if description.head != nil { try placeMarker(directory) }
         try directory.rename(Self.description(volume), to: Self.ours + Self.description(volume) + Self.deleted)
         try directory.synchronize()
         try recover(directory)
+    }
+
+    /// The data of a volume and of its snapshots, locked.
+    private func lockAll(
+        _ directory: borrowing Directory, _ description: VolumeDescription
+    ) throws(BackendError) -> [Int32] {
+        let volume = description.record.volume
+        guard let head = description.head else { return [try openData(directory, volume, readOnly: false)] }
+        var locks: [Int32] = []
+        do throws(BackendError) {
+            locks.append(try lockLayer(directory, head, of: volume))
+            for snapshot in description.snapshots {
+                locks.append(try lockLayer(directory, snapshot.layer, of: "\(volume)@\(snapshot.record.name)"))
+            }
+        } catch {
+            for lock in locks { Glibc.close(lock) }
+            throw error
+        }
+        return locks
     }
 
     /// Finishes what a crash interrupted. Called under the pool's lock.
@@ -112,9 +150,13 @@ package final class LocalPool: VolumePool {
                 try directory.synchronize()
                 try directory.remove(Self.ours + file)
                 changed = true
+            } else if file.hasPrefix(Layer.prefix) {
+                try directory.remove(Self.ours + file)
+                changed = true
             }
         }
         if changed { try directory.synchronize() }
+        if directory.exists(Self.marker) { try removeUnreferenced(directory) }
     }
 
     // MARK: List and open
@@ -134,7 +176,7 @@ package final class LocalPool: VolumePool {
         for file in try directory.names() where !file.hasPrefix(Self.ours) {
             guard let volume = file.removing(suffix: Self.describedBy) else { continue }
             do {
-                records.append(try describe(directory, String(volume)))
+                records.append(try describe(directory, String(volume)).record)
             } catch {
                 // Deleted since the directory was read.
                 guard error.code == ENOENT else { throw error }
@@ -143,8 +185,9 @@ package final class LocalPool: VolumePool {
         return records.sorted { $0.volume < $1.volume }
     }
 
-    func describe(_ directory: borrowing Directory, _ volume: String) throws(BackendError) -> VolumeRecord {
+    func describe(_ directory: borrowing Directory, _ volume: String) throws(BackendError) -> VolumeDescription {
         let file = Self.description(volume)
+        guard directory.exists(file) else { throw missing(volume) }
         return try VolumeDescription.decode(try directory.read(file), volume: volume, file: "\(path)/\(file)")
     }
 
@@ -153,8 +196,29 @@ package final class LocalPool: VolumePool {
         let lock = try directory.lock()
         defer { Glibc.close(lock) }
         try recover(directory)
-        guard directory.exists(Self.description(volume)) else { throw missing(volume) }
-        let record = try describe(directory, volume)
+        return try open(directory, volume, readOnly: readOnly)
+    }
+
+    /// Called under the pool's lock.
+    func open(
+        _ directory: borrowing Directory, _ volume: String, readOnly: Bool
+    ) throws(BackendError) -> any OpenVolume {
+        if let at = volume.firstIndex(of: "@") {
+            return try openSnapshot(
+                directory, String(volume[..<at]), String(volume[volume.index(after: at)...]))
+        }
+        let description = try describe(directory, volume)
+        let record = description.record
+        if let head = description.head {
+            return try openChain(directory, to: head, record: record, readOnly: readOnly)
+        }
+        return try openPlain(directory, record, readOnly: readOnly)
+    }
+
+    func openPlain(
+        _ directory: borrowing Directory, _ record: VolumeRecord, readOnly: Bool
+    ) throws(BackendError) -> LocalOpenVolume {
+        let volume = record.volume
         let data = try openData(directory, volume, readOnly: readOnly)
         var status = stat()
         guard fstat(data, &status) == 0, UInt64(status.st_size) >= record.size else {

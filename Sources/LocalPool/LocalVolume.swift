@@ -34,6 +34,16 @@ final class LocalOpenVolume: OpenVolume {
         return grown
     }
 
+    func settle() throws(BackendError) {
+        do throws(SystemError) {
+            if !readOnly { try retrying("synchronize \(record.volume)") { fdatasync(descriptor) } }
+        } catch { throw BackendError(error) }
+    }
+
+    func reopen(after change: StoreChange) throws(BackendError) -> any OpenVolume {
+        try pool.reopen(.plain(self), after: change)
+    }
+
     func close() { Glibc.close(descriptor) }
 }
 

@@ -24,7 +24,7 @@ package final class MemoryPool: VolumePool {
         }
     }
 
-    package func delete(volume: String) throws(BackendError) {
+    package func delete(volume: String, snapshots: Bool) throws(BackendError) {
         try volumes.withLock { (volumes) throws(BackendError) in
             guard let store = volumes[volume] else { throw missing(volume) }
             guard store.users.load(ordering: .relaxed) == 0 else { throw busy(volume) }
@@ -46,6 +46,7 @@ package final class MemoryPool: VolumePool {
 
     package func open(volume: String, readOnly: Bool) throws(BackendError) -> any OpenVolume {
         try volumes.withLock { (volumes) throws(BackendError) -> any OpenVolume in
+            guard !volume.contains("@") else { throw noSnapshots }
             guard let store = volumes[volume] else { throw missing(volume) }
             guard store.users.load(ordering: .relaxed) == 0 else { throw busy(volume) }
             store.users.store(1, ordering: .relaxed)
@@ -56,6 +57,12 @@ package final class MemoryPool: VolumePool {
     private func missing(_ volume: String) -> BackendError {
         BackendError(
             code: ENOENT, message: "no volume \(volume) in pool \(name); `qbd volumes \(name)` lists what there is")
+    }
+
+    private var noSnapshots: BackendError {
+        BackendError(
+            code: EOPNOTSUPP,
+            message: "the volumes of pool \(name) are in memory and have no snapshots; those of pools of type local do")
     }
 
     private func busy(_ volume: String) -> BackendError {

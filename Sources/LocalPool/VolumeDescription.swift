@@ -1,57 +1,126 @@
 import Backend
 
-/// The description file beside a volume's data: `key = value` lines, for people and for the pool.
-package enum VolumeDescription {
-    private static let version: UInt64 = 1
+/// The description file of a volume: `key = value` lines, for people and for the pool.
+package struct VolumeDescription: Sendable, Equatable {
+    package var record: VolumeRecord
+    /// The layer that the volume writes to; nil for a volume without snapshots, whose data is in the .raw file of its
+    /// name.
+    package var head: UInt64?
+    /// Oldest first.
+    package var snapshots: [LocalSnapshot] = []
 
-    package static func encode(_ record: VolumeRecord) -> String {
-        """
-        # qbd volume; its data is in the .raw file of the same name
-        version = \(version)
-        id = 0x\(String(record.id, radix: 16))
-        size = \(record.size)
-        block_size = \(record.blockSize)
-        created = \(record.created)
+    /// A snapshot and the layer that holds what it has of its own.
+    package struct LocalSnapshot: Sendable, Equatable {
+        package var record: SnapshotRecord
+        package var layer: UInt64
 
-        """
+        package init(record: SnapshotRecord, layer: UInt64) {
+            self.record = record
+            self.layer = layer
+        }
+    }
+
+    package init(_ record: VolumeRecord) { self.record = record }
+
+    package func snapshot(_ name: String) -> LocalSnapshot? { snapshots.first { $0.record.name == name } }
+
+    // MARK: Text
+
+    /// A qbd that knows no layers refuses the second version.
+    package func encode() -> String {
+        var text = """
+            # qbd volume; its data is in \(head == nil ? "the .raw file of the same name" : "layers, the files that begin with @")
+            version = \(head == nil ? 1 : 2)
+            id = \(hexadecimal(record.id))
+            size = \(record.size)
+            block_size = \(record.blockSize)
+            created = \(record.created)
+
+            """
+        if let head { text += "head = \(hexadecimal(head))\n" }
+        for snapshot in snapshots {
+            let record = snapshot.record
+            text += "snapshot = \(record.name) \(hexadecimal(record.id)) \(hexadecimal(snapshot.layer))"
+            text += " \(record.size) \(record.created)\n"
+        }
+        return text
     }
 
     /// - Parameter file: for the error text.
-    package static func decode(_ bytes: [UInt8], volume: String, file: String) throws(BackendError) -> VolumeRecord {
-        var values: [Substring: UInt64] = [:]
-        guard let text = String(validating: bytes, as: UTF8.self) else { throw damaged(file, "it is not text") }
-        for line in text.split(whereSeparator: \.isNewline) where !line.hasPrefix("#") {
-            let parts = line.split(separator: "=", maxSplits: 1)
-            guard parts.count == 2 else { throw damaged(file, "line '\(line.prefix(64))' is not key = value") }
-            let key = parts[0].trimmingBlanks
-            let value = parts[1].trimmingBlanks
-            let number = value.hasPrefix("0x") ? UInt64(value.dropFirst(2), radix: 16) : UInt64(value)
-            guard let number else { throw damaged(file, "the value of \(key.prefix(64)) is not a number") }
-            values[key] = number
+    package static func decode(
+        _ bytes: [UInt8], volume: String, file: String
+    ) throws(BackendError) -> VolumeDescription {
+        let lines = try KeyValueLines(bytes, file: file)
+        let version = try lines.number("version")
+        guard version == 1 || version == 2 else {
+            throw BackendError(
+                code: 95, message: "\(file): version \(version) of the description; a newer qbd wrote it")
         }
-        func value(_ key: Substring) throws(BackendError) -> UInt64 {
-            guard let value = values[key] else { throw damaged(file, "\(key) is missing") }
-            return value
-        }
-        let found = try value("version")
-        guard found == version else {
-            throw BackendError(code: 95, message: "\(file): version \(found) of the description; a newer qbd wrote it")
-        }
-        let blockSize = try value("block_size")
-        let size = try value("size")
+        let blockSize = try lines.number("block_size")
+        let size = try lines.number("size")
         guard blockSize == 512 || blockSize == 4096, size > 0, size % blockSize == 0, size <= UInt64(Int64.max) else {
-            throw damaged(file, "size \(size) and block_size \(blockSize) do not fit")
+            throw lines.damaged("size \(size) and block_size \(blockSize) do not fit")
         }
-        return VolumeRecord(
-            id: try value("id"), volume: volume, size: size, blockSize: UInt32(blockSize),
-            created: Int64(clamping: try value("created")))
-    }
-
-    private static func damaged(_ file: String, _ what: String) -> BackendError {
-        BackendError(
-            code: 5, message: "\(file) is damaged: \(what); restore it, or move it and the .raw file away")
+        var description = VolumeDescription(
+            VolumeRecord(
+                id: try lines.number("id"), volume: volume, size: size, blockSize: UInt32(blockSize),
+                created: Int64(clamping: try lines.number("created"))))
+        guard version == 2 else { return description }
+        description.head = try lines.number("head")
+        for value in lines.values("snapshot") {
+            let fields = value.split(separator: " ")
+            guard fields.count == 5, let id = parsed(fields[1]), let layer = parsed(fields[2]),
+                let size = parsed(fields[3]), let created = parsed(fields[4])
+            else { throw lines.damaged("'\(value.prefix(64))' is no snapshot") }
+            description.snapshots.append(
+                LocalSnapshot(
+                    record: SnapshotRecord(
+                        id: id, name: String(fields[0]), size: size, created: Int64(clamping: created)),
+                    layer: layer))
+        }
+        return description
     }
 }
+
+/// Text of `key = value` lines and comments.
+struct KeyValueLines {
+    private let lines: [(key: Substring, value: Substring)]
+    private let file: String
+
+    /// - Parameter file: for the error text.
+    init(_ bytes: some Sequence<UInt8>, file: String) throws(BackendError) {
+        self.file = file
+        var lines: [(key: Substring, value: Substring)] = []
+        guard let text = String(validating: bytes, as: UTF8.self) else { throw Self.damaged(file, "it is not text") }
+        for line in text.split(whereSeparator: \.isNewline) where !line.hasPrefix("#") {
+            let parts = line.split(separator: "=", maxSplits: 1)
+            guard parts.count == 2 else { throw Self.damaged(file, "line '\(line.prefix(64))' is not key = value") }
+            lines.append((parts[0].trimmingBlanks, parts[1].trimmingBlanks))
+        }
+        self.lines = lines
+    }
+
+    func values(_ key: Substring) -> [Substring] { lines.filter { $0.key == key }.map(\.value) }
+
+    func number(_ key: Substring) throws(BackendError) -> UInt64 {
+        guard let value = values(key).last else { throw damaged("\(key) is missing") }
+        guard let number = parsed(value) else { throw damaged("the value of \(key.prefix(64)) is not a number") }
+        return number
+    }
+
+    func damaged(_ what: String) -> BackendError { Self.damaged(file, what) }
+
+    private static func damaged(_ file: String, _ what: String) -> BackendError {
+        BackendError(code: 5, message: "\(file) is damaged: \(what); restore it, or move it and the volume's data away")
+    }
+}
+
+/// A number in decimal or, behind 0x, in hexadecimal digits.
+private func parsed(_ text: Substring) -> UInt64? {
+    text.hasPrefix("0x") ? UInt64(text.dropFirst(2), radix: 16) : UInt64(text)
+}
+
+func hexadecimal(_ number: UInt64) -> String { "0x" + String(number, radix: 16) }
 
 extension Substring {
     fileprivate var trimmingBlanks: Substring {

@@ -8,9 +8,9 @@ final class BlockingThread: Sendable {
     private let queue = Mutex<[@Sendable () -> Void]>([])
     private let available = Semaphore()
 
-    init() throws(SystemError) {
+    init(name: String = "qbd:blocking") throws(SystemError) {
         // The thread lives as long as the process: it holds itself.
-        _ = try Thread(name: "qbd:blocking") { [self] in
+        _ = try Thread(name: name) { [self] in
             while true {
                 available.wait()
                 let work = queue.withLock { $0.isEmpty ? nil : $0.removeFirst() }

@@ -50,7 +50,7 @@ extension Volume {
         guard done == true else { throw isStopping }
     }
 
-    private var isStopping: BackendError {
+    var isStopping: BackendError {
         BackendError(code: ESHUTDOWN, message: "\(name) is being unmapped, or qbdd is stopping")
     }
 

@@ -89,7 +89,13 @@ extension Volume {
     package static func partLength(_ operation: Operation, offset: UInt64, left: UInt32, _ geometry: Geometry) -> UInt32
     {
         var length = left
-        if operation == .read || operation == .write { length = min(length, geometry.maximumTransfer) }
+        if operation == .read || operation == .write {
+            length = min(length, geometry.maximumTransfer)
+            if geometry.transferBoundary > 0 {
+                let room = geometry.transferBoundary &- offset & (geometry.transferBoundary &- 1)
+                if UInt64(length) > room { length = UInt32(room) }
+            }
+        }
         if geometry.boundary > 0 {
             let room = geometry.boundary &- offset & (geometry.boundary &- 1)
             if UInt64(length) > room { length = UInt32(room) }

@@ -13,7 +13,9 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     /// Its size changes. Clients learn of that at their next handshake.
     package var export: Export { currentExport.withLock { $0 } }
     private let currentExport: Mutex<Export>
-    let opened: any OpenVolume
+    /// Another one after a change of the store.
+    var opened: any OpenVolume { currentlyOpened.withLock { $0 } }
+    let currentlyOpened: Mutex<any OpenVolume>
     let loop: EventLoop
     let logger: Logger
     private let maximumSessions: Int
@@ -55,7 +57,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
         logger: Logger, report: @escaping @Sendable (SessionEvent) -> Void
     ) {
         self.name = name
-        self.opened = opened
+        currentlyOpened = Mutex(opened)
         self.loop = loop
         self.maximumSessions = maximumSessions
         self.logger = logger

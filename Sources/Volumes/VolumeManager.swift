@@ -53,6 +53,8 @@ package final class VolumeManager: Sendable {
         /// Made with the first device.
         var watcher: KernelEventWatcher?
         var stopping = false
+        /// Pools being tidied; true when that is to be done once more.
+        var tidying: [ObjectIdentifier: Bool] = [:]
         var shutdown: Task<Void, Never>?
         /// The Unix socket was made here.
         var ownsSocket = false
@@ -64,6 +66,8 @@ package final class VolumeManager: Sendable {
     let deviceSettings: DeviceSettings
     let logger: Logger
     let blocking: BlockingThread
+    /// For what copies data, and may take minutes.
+    let copying: BlockingThread
     let store: MappingStore?
     private let listenerLoop: EventLoop
     private let registry: ExportRegistry
@@ -88,6 +92,7 @@ package final class VolumeManager: Sendable {
         registry = ExportRegistry(logger: logger)
         do {
             blocking = try BlockingThread()
+            copying = try BlockingThread(name: "qbd:copying")
             listenerLoop = try EventLoop(name: "qbd:nbd")
         } catch { throw BackendError(error) }
     }
@@ -140,15 +145,16 @@ package final class VolumeManager: Sendable {
         return record
     }
 
-    package func delete(_ pool: any VolumePool, volume: String) async throws(BackendError) {
+    package func delete(_ pool: any VolumePool, volume: String, snapshots: Bool = false) async throws(BackendError) {
         let name = "\(pool.name)/\(volume)"
         try await names.run(name) { [self] () throws(BackendError) in
             if let mapping = mapping(name), mapping.pool === pool {
                 throw BackendError(code: EBUSY, message: "\(name) is mapped; unmap it first: qbd unmap \(name)")
             }
-            try await blocking.run { () throws(BackendError) in try pool.delete(volume: volume) }
+            try await blocking.run { () throws(BackendError) in try pool.delete(volume: volume, snapshots: snapshots) }
         }
         logger.info("deleted", metadata: ["volume": "\(name)"])
+        tidy(pool)
     }
 
     package func volumes(_ pool: any VolumePool) async throws(BackendError) -> [VolumeRecord] {

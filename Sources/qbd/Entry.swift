@@ -79,7 +79,8 @@ struct Root: ParsableCommand {
         abstract: "Maps block volumes to local disks.",
         subcommands: [
             Map.self, Unmap.self, Remap.self, List.self, MapAll.self, UnmapAll.self, Throttle.self, Suspend.self,
-            Resume.self, Info.self, Resize.self, Create.self, Delete.self, Volumes.self, Version.self, HelpVerb.self,
+            Resume.self, Info.self, Resize.self, Create.self, Delete.self, Volumes.self, Snapshot.self,
+            Clone.self, Version.self, HelpVerb.self,
         ])
 }
 

@@ -17,6 +17,9 @@ enum Help {
           create POOL/VOLUME -k SIZE     create a volume; SIZE as in 512M, 10G
           delete POOL/VOLUME             delete a volume and its data
           resize POOL/VOLUME -k SIZE     grow it, and its device if it is mapped
+          snapshot create|delete|rollback POOL/VOLUME@SNAPSHOT
+          snapshot list POOL/VOLUME      list its snapshots; they are mapped read-only
+          clone POOL/VOLUME@SNAPSHOT POOL/NEW   make a volume of a snapshot
           volumes [POOL]                 list the volumes of a pool, or of all pools
           map POOL/VOLUME                make it the device /dev/qbdN
           map POOL/VOLUME --export       serve it over NBD instead, and print its URI

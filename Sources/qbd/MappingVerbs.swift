@@ -32,7 +32,7 @@ struct Map: VerbCommand {
     @OptionGroup var common: CommonOptions
 
     func perform() async throws {
-        let name = try Name.volume(volume, for: .map)
+        let name = try Name.volume(volume, for: .map, snapshot: .allowed)
         let path = try config.path(for: .map)
         guard !export || device == nil else {
             throw UsageError("--export makes no device, so --device does not go with it", verb: .map)
@@ -109,7 +109,7 @@ struct Unmap: VerbCommand {
     @OptionGroup var common: CommonOptions
 
     func perform() async throws {
-        let name = try Name.volume(volume, for: .unmap)
+        let name = try Name.volume(volume, for: .unmap, snapshot: .allowed)
         guard forget || file.file == nil else {
             throw UsageError("--file is the list of volumes to change, so it goes with --forget", verb: .unmap)
         }
@@ -151,7 +151,7 @@ struct Remap: VerbCommand {
     @OptionGroup var common: CommonOptions
 
     func perform() async throws {
-        let name = try Name.volume(volume, for: .remap)
+        let name = try Name.volume(volume, for: .remap, snapshot: .allowed)
         let config = try config.explicitPath(for: .remap)
         let done = try await common.ask(RemapRequest(volume: volume, config: config))
         if common.verbose { Output.complain("remapped \(name)") }
@@ -191,7 +191,7 @@ struct Info: VerbCommand {
     @OptionGroup var common: CommonOptions
 
     func perform() async throws {
-        _ = try Name.volume(volume, for: .info)
+        _ = try Name.volume(volume, for: .info, snapshot: .allowed)
         let config = try config.explicitPath(for: .info)
         let status = try await common.ask(InfoRequest(volume: volume, config: config))
         try Output.answer(.info, status, asJSON: common.json) { StatusText.text($0) }

@@ -99,8 +99,10 @@ func checked<Value>(for command: Command, _ body: () throws(ControlError) -> Val
 /// Names and sizes, checked here before anybody is asked.
 enum Name {
     /// A volume that this version can reach.
-    static func volume(_ text: String, for command: Command) throws(Failure) -> VolumeName {
-        try checked(for: command) { () throws(ControlError) in try VolumeName.reachable(text) }
+    static func volume(
+        _ text: String, for command: Command, snapshot: VolumeName.SnapshotPart = .none
+    ) throws(Failure) -> VolumeName {
+        try checked(for: command) { () throws(ControlError) in try VolumeName.reachable(text, snapshot: snapshot) }
     }
 
     static func checkPool(_ text: String, for command: Command) throws(Failure) {

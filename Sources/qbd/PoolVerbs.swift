@@ -44,17 +44,19 @@ struct Delete: VerbCommand {
     static let configuration = CommandConfiguration(
         commandName: Verb.delete.word, abstract: "Delete a volume and its data.",
         usage: Verb.delete.usageText,
-        discussion: "Refused with exit status 16 while the volume is mapped.")
+        discussion: "Refused with exit status 16 while the volume is mapped, or has snapshots.")
 
     @Argument(help: ArgumentHelp("pool/volume", valueName: "volume"), completion: Names.volumes)
     var volume: String
+    @Flag(help: "Delete its snapshots too.")
+    var snapshots = false
     @OptionGroup var config: ConfigOption
     @OptionGroup var common: CommonOptions
 
     func perform() async throws {
         let name = try Name.volume(volume, for: .delete)
         let config = try config.path(for: .delete)
-        let done = try await common.ask(DeleteRequest(volume: volume, config: config))
+        let done = try await common.ask(DeleteRequest(volume: volume, config: config, snapshots: snapshots))
         if common.verbose { Output.complain("deleted \(name)") }
         try Output.answer(.delete, done, asJSON: common.json) { _ in "" }
     }

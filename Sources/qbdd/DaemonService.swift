@@ -12,7 +12,7 @@ struct DaemonService: ControlService {
     let logger: Logger
 
     func map(_ request: MapRequest) async throws(ControlError) -> MapRequest.Answer {
-        let name = try VolumeName.reachable(request.volume)
+        let name = try VolumeName.reachable(request.volume, snapshot: .allowed)
         let config = try ConfigPath.validate(request.config)
         let pool = try await pools.pool(name.pool, config)
         var limits = ThrottleLimits.none
@@ -20,31 +20,31 @@ struct DaemonService: ControlService {
         do throws(BackendError) {
             return MappingRecord(
                 try await manager.map(
-                    pool, volume: name.volume,
+                    pool, volume: name.inPool,
                     options: MapOptions(
                         target: request.export ? .export : .device(wanted: request.device),
-                        readOnly: request.readOnly, configPath: config, limits: limits)))
+                        readOnly: request.readOnly || name.snapshot != nil, configPath: config, limits: limits)))
         } catch {
             throw failed("map", name, error)
         }
     }
 
     func unmap(_ request: UnmapRequest) async throws(ControlError) -> UnmapRequest.Answer {
-        let name = try VolumeName.reachable(request.volume)
+        let name = try VolumeName.reachable(request.volume, snapshot: .allowed)
         try checkConfig(request.config, of: name)
         do throws(BackendError) {
             return .init(
-                warning: try await manager.unmap(pool: name.pool, volume: name.volume, force: request.force))
+                warning: try await manager.unmap(pool: name.pool, volume: name.inPool, force: request.force))
         } catch {
             throw failed("unmap", name, error)
         }
     }
 
     func remap(_ request: RemapRequest) async throws(ControlError) -> RemapRequest.Answer {
-        let name = try VolumeName.reachable(request.volume)
+        let name = try VolumeName.reachable(request.volume, snapshot: .allowed)
         try checkConfig(request.config, of: name)
         do throws(BackendError) {
-            try await manager.remap(pool: name.pool, volume: name.volume)
+            try await manager.remap(pool: name.pool, volume: name.inPool)
         } catch {
             throw failed("remap", name, error)
         }
@@ -117,10 +117,10 @@ struct DaemonService: ControlService {
     }
 
     func info(_ request: InfoRequest) async throws(ControlError) -> InfoRequest.Answer {
-        let name = try VolumeName.reachable(request.volume)
+        let name = try VolumeName.reachable(request.volume, snapshot: .allowed)
         try checkConfig(request.config, of: name)
         do throws(BackendError) {
-            return MappingStatus(try await manager.info(pool: name.pool, volume: name.volume))
+            return MappingStatus(try await manager.info(pool: name.pool, volume: name.inPool))
         } catch {
             throw ControlError(error)
         }
@@ -132,14 +132,14 @@ struct DaemonService: ControlService {
 
     /// A configuration that was named must be the one the volume was mapped with: another cluster may have a volume of
     /// the same name.
-    private func checkConfig(_ config: String?, of name: VolumeName) throws(ControlError) {
+    func checkConfig(_ config: String?, of name: VolumeName) throws(ControlError) {
         guard let config else { return }
         _ = try ConfigPath.validate(config)
-        guard let mapped = manager.configPath(pool: name.pool, volume: name.volume), mapped != config else { return }
+        guard let mapped = manager.configPath(pool: name.pool, volume: name.inPool), mapped != config else { return }
         throw .notMapped("\(name) is not mapped with \(config) but with \(mapped); leave -c out, or name that one")
     }
 
-    private func failed(_ what: String, _ name: VolumeName, _ error: BackendError) -> ControlError {
+    func failed(_ what: String, _ name: VolumeName, _ error: BackendError) -> ControlError {
         logger.notice(
             "cannot \(what): \(error.message)", metadata: ["volume": "\(name)", "errno": "\(error.code)"])
         return ControlError(error)
@@ -165,7 +165,7 @@ extension DaemonService {
         let name = try VolumeName.reachable(request.volume)
         let pool = try await pools.pool(name.pool, try ConfigPath.validate(request.config))
         do throws(BackendError) {
-            try await manager.delete(pool, volume: name.volume)
+            try await manager.delete(pool, volume: name.volume, snapshots: request.snapshots)
         } catch {
             throw failed("delete", name, error)
         }

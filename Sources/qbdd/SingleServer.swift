@@ -9,7 +9,7 @@ import Volumes
 /// `--serve`: one volume on a socket that another process made, for clients that start their server themselves.
 enum SingleServer {
     static func run(_ options: Options, _ signals: Signals, _ logger: Logger) async throws(ControlError) {
-        let name = try VolumeName.reachable(options.serve ?? "")
+        let name = try VolumeName.reachable(options.serve ?? "", snapshot: .allowed)
         let descriptor = try inheritedSocket()
         let pools = PoolDirectory(defaultPath: options.isConfigNamed ? nil : options.configPath, logger: logger)
         let pool = try await pools.pool(name.pool, options.configPath)
@@ -24,8 +24,9 @@ enum SingleServer {
                 await manager.shutdown()
             }
             try await manager.serve(
-                pool, volume: name.volume,
-                options: MapOptions(target: .export, readOnly: options.readOnly, configPath: options.configPath),
+                pool, volume: name.inPool,
+                options: MapOptions(
+                    target: .export, readOnly: options.readOnly || name.snapshot != nil, configPath: options.configPath),
                 listenDescriptor: descriptor)
             stopper.cancel()
         } catch {

@@ -20,6 +20,11 @@ struct CommandTests {
             (.create, "QBD_IOC_CREATE_VOLUME", 0xfa10),
             (.delete, "QBD_IOC_DELETE_VOLUME", 0xfa11),
             (.volumes, "QBD_IOC_LIST_POOL", 0xfa12),
+            (.createSnapshot, "QBD_IOC_CREATE_SNAPSHOT", 0xfa13),
+            (.deleteSnapshot, "QBD_IOC_DELETE_SNAPSHOT", 0xfa14),
+            (.rollback, "QBD_IOC_ROLLBACK_VOLUME", 0xfa15),
+            (.snapshots, "QBD_IOC_LIST_SNAPSHOT", 0xfa16),
+            (.clone, "QBD_IOC_CLONE_VOLUME", 0xfa17),
         ])
     func numbers(command: Command, name: String, number: UInt32) {
         #expect(command.ioctlName == name)
@@ -106,7 +111,7 @@ struct CommandTests {
         "a volume's name is refused before anybody is asked",
         arguments: [
             ("", 22), ("a", 22), ("a/", 22), ("/b", 22), ("a/b/c", 22), ("../b", 22), ("a/..", 22), ("a b/c", 22),
-            ("udp://a/b", 22), ("a/b@", 22), ("rdma://a/b", 95), ("a/b@s", 95),
+            ("udp://a/b", 22), ("a/b@", 22), ("rdma://a/b", 95), ("a/b@s", 22),
         ])
     func names(text: String, code: Int32) {
         #expect { try VolumeName.reachable(text) } throws: { ($0 as? ControlError)?.code == code }

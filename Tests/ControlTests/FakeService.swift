@@ -95,6 +95,31 @@ final class FakeService: ControlService {
         return PoolVolume(volume: request.volume, id: 1 << 24, size: request.size ?? 512, blockSize: 512, created: 1)
     }
 
+    func createSnapshot(_ request: CreateSnapshotRequest) async throws(ControlError) -> CreateSnapshotRequest.Answer {
+        note("createSnapshot \(request.snapshot)")
+        return PoolSnapshot(snapshot: request.snapshot, id: 1 << 24, size: 512, created: 1)
+    }
+
+    func deleteSnapshot(_ request: DeleteSnapshotRequest) async throws(ControlError) -> DeleteSnapshotRequest.Answer {
+        note("deleteSnapshot \(request.snapshot)")
+        return Done()
+    }
+
+    func rollback(_ request: RollbackRequest) async throws(ControlError) -> RollbackRequest.Answer {
+        note("rollback \(request.snapshot)")
+        return Done()
+    }
+
+    func snapshots(_ request: SnapshotsRequest) async throws(ControlError) -> SnapshotsRequest.Answer {
+        note("snapshots \(request.volume)")
+        return .init(snapshots: [])
+    }
+
+    func clone(_ request: CloneRequest) async throws(ControlError) -> CloneRequest.Answer {
+        note("clone \(request.snapshot) \(request.volume)")
+        return PoolVolume(volume: request.volume, id: 1 << 24, size: 512, blockSize: 512, created: 1)
+    }
+
     func volumes(_ request: VolumesRequest) async throws(ControlError) -> VolumesRequest.Answer {
         note("volumes \(request.pool ?? "*") \(request.config)")
         return .init(

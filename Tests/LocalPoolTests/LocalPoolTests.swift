@@ -66,7 +66,7 @@ private func code(_ body: () throws(BackendError) -> Void) -> Int32 {
         for name in names { _ = try pool.create(volume: name, size: 512, blockSize: 512) }
         #expect(try pool.list().map(\.volume) == names.sorted())
         for name in names { try pool.open(volume: name, readOnly: false).close() }
-        for name in names { try pool.delete(volume: name) }
+        for name in names { try pool.delete(volume: name, snapshots: false) }
         #expect(directory.names == ["~lock"])
     }
 
@@ -94,7 +94,7 @@ private func code(_ body: () throws(BackendError) -> Void) -> Int32 {
         #expect(
             code { () throws(BackendError) in _ = try pool.open(volume: "disk", readOnly: true) } == EBUSY)
         #expect(
-            code { () throws(BackendError) in try pool.delete(volume: "disk") } == EBUSY)
+            code { () throws(BackendError) in try pool.delete(volume: "disk", snapshots: false) } == EBUSY)
         writer.close()
         let first = try pool.open(volume: "disk", readOnly: true)
         let second = try pool.open(volume: "disk", readOnly: true)
@@ -102,9 +102,9 @@ private func code(_ body: () throws(BackendError) -> Void) -> Int32 {
             code { () throws(BackendError) in _ = try pool.open(volume: "disk", readOnly: false) } == EBUSY)
         first.close()
         second.close()
-        try pool.delete(volume: "disk")
+        try pool.delete(volume: "disk", snapshots: false)
         #expect(
-            code { () throws(BackendError) in try pool.delete(volume: "disk") } == ENOENT)
+            code { () throws(BackendError) in try pool.delete(volume: "disk", snapshots: false) } == ENOENT)
     }
 
     @Test func aVolumeGrowsByZeros() throws {

@@ -41,6 +41,9 @@
 static inline int qbd_open(const char *path, int flags, mode_t mode) { return open(path, flags, mode); }
 static inline int qbd_openat(int dir, const char *path, int flags, mode_t mode) { return openat(dir, path, flags, mode); }
 
+// fcntl(2) is variadic.
+static inline int qbd_duplicate(int fd) { return fcntl(fd, F_DUPFD_CLOEXEC, 0); }
+
 // epoll_data_t is a union in a packed struct; epoll_pwait2 takes nanoseconds (Linux 5.11).
 static inline int qbd_epoll_ctl(int epfd, int op, int fd, uint32_t events, uint64_t data) {
     struct epoll_event event = {.events = events, .data = {.u64 = data}};

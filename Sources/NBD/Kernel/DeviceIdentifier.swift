@@ -27,16 +27,17 @@ package struct DeviceIdentifier: Equatable, Sendable, CustomStringConvertible {
 
     private static func isVolume(_ name: Substring) -> Bool {
         let parts = name.split(separator: "/", omittingEmptySubsequences: false)
-        return parts.count == 2
-            && parts.allSatisfy { part in
-                !part.isEmpty && part != "." && part != ".."
-                    && part.unicodeScalars.allSatisfy { scalar in
-                        switch scalar {
-                        case "A"..."Z", "a"..."z", "0"..."9", ".", "_", "-": true
-                        default: false
-                        }
+        guard parts.count == 2 else { return false }
+        let inPool = parts[1].split(separator: "@", maxSplits: 1, omittingEmptySubsequences: false)
+        return (parts[..<1] + inPool).allSatisfy { part in
+            !part.isEmpty && part != "." && part != ".."
+                && part.unicodeScalars.allSatisfy { scalar in
+                    switch scalar {
+                    case "A"..."Z", "a"..."z", "0"..."9", ".", "_", "-": true
+                    default: false
                     }
-            }
+                }
+        }
     }
 
     package var description: String {

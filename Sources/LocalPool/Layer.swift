@@ -1,0 +1,262 @@
+import Backend
+import CLinux
+import EventLoop
+import Glibc
+
+/// What a volume, or a snapshot of it, has on top of another layer; the first layer of a chain has all there is.
+///
+/// Two files of a pool: `@DATA.raw` is sparse and has the layer's clusters, each at its own place, holes being zeros.
+/// `@ID.map` has a header and, unless the layer is the first, a byte for each cluster behind it: 1 where the layer has
+/// the cluster, 0 where the layers below say what is there. Which clusters a layer has is not left to the holes of its
+/// data: copying a pool makes holes of zeros and zeros of holes.
+///
+/// Below a head, the layer a volume writes to, nothing changes but by a merge, which changes no byte that can be read.
+struct Layer: Equatable {
+    /// Bytes. Whoever writes less to a cluster the layer does not have yet copies the rest from below.
+    static let cluster: UInt64 = 64 << 10
+    /// Bytes in front of the clusters' bytes; a page, so that they never share one with the header.
+    static let headerSize: UInt64 = 4096
+    /// Layers on top of each other. A chain's map in memory has a byte for each cluster.
+    static let maximumDepth = 200
+
+    let id: UInt64
+    /// The layer below; nil for the first of a chain.
+    var parent: UInt64?
+    /// Which data file; another than `id` after a merge.
+    var data: UInt64
+    /// Whether the map says all: false while a head is written to, and after a crash then.
+    var isComplete: Bool
+
+    var dataFile: String { Self.dataFile(data) }
+    var mapFile: String { Self.mapFile(id) }
+    static func dataFile(_ id: UInt64) -> String { "\(prefix)\(digits(id)).raw" }
+    static func mapFile(_ id: UInt64) -> String { "\(prefix)\(digits(id)).map" }
+
+    /// No volume's name has it.
+    static let prefix = "@"
+
+    private static func digits(_ id: UInt64) -> String {
+        let digits = String(id, radix: 16)
+        return String(repeating: "0", count: 16 - digits.count) + digits
+    }
+
+    static func clusters(_ size: UInt64) -> Int { Int((size + cluster - 1) / cluster) }
+
+    /// `size`, up to a whole cluster: data files have no part of one, so that none is read beyond their end.
+    static func padded(_ size: UInt64) -> UInt64 { UInt64(clusters(size)) * cluster }
+
+    // MARK: Header
+
+    /// One sector: it is written as a whole or not at all.
+    static let headerText = 512
+
+    func encode() -> [UInt8] {
+        let text = """
+            # qbd layer; which data it has
+            version = 1
+            parent = \(hexadecimal(parent ?? 0))
+            data = \(hexadecimal(data))
+            complete = \(isComplete ? 1 : 0)
+
+            """
+        return Array(text.utf8) + Array(repeating: UInt8(ascii: "\n"), count: Self.headerText - text.utf8.count)
+    }
+
+    static func decode(_ bytes: some Collection<UInt8>, id: UInt64, file: String) throws(BackendError) -> Layer {
+        let lines = try KeyValueLines(bytes.prefix(headerText), file: file)
+        let version = try lines.number("version")
+        guard version == 1 else {
+            throw BackendError(
+                code: EOPNOTSUPP, message: "\(file): version \(version) of a layer; a newer qbd wrote it")
+        }
+        let parent = try lines.number("parent")
+        return Layer(
+            id: id, parent: parent == 0 ? nil : parent, data: try lines.number("data"),
+            isComplete: try lines.number("complete") != 0)
+    }
+}
+
+/// An open file of a layer, with what is asked of it. All calls block; the descriptor is the owner's to close.
+struct LayerFile {
+    let descriptor: Int32
+    /// For error texts.
+    let path: String
+
+    @discardableResult
+    private func call(_ operation: String, _ body: () -> Int) throws(BackendError) -> Int {
+        do throws(SystemError) { return try retrying("\(operation) \(path)", body) } catch { throw BackendError(error) }
+    }
+
+    func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(BackendError) {
+        var done = 0
+        while done < bytes.count {
+            done += try call("write to") {
+                pwrite(descriptor, bytes.baseAddress.map { $0 + done }, bytes.count - done, off_t(offset) + done)
+            }
+        }
+    }
+
+    /// - Returns: how many bytes there were, all that were asked for unless the file ends.
+    func read(_ bytes: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(BackendError) -> Int {
+        var done = 0
+        while done < bytes.count {
+            let count = try call("read from") {
+                pread(descriptor, bytes.baseAddress.map { $0 + done }, bytes.count - done, off_t(offset) + done)
+            }
+            if count == 0 { break }
+            done += count
+        }
+        return done
+    }
+
+    func synchronize() throws(BackendError) { try call("synchronize") { Int(fdatasync(descriptor)) } }
+
+    func length() throws(BackendError) -> UInt64 {
+        var status = stat()
+        try call("look at") { Int(fstat(descriptor, &status)) }
+        return UInt64(clamping: status.st_size)
+    }
+
+    /// Bytes of the file system that the file takes.
+    func used() throws(BackendError) -> UInt64 {
+        var status = stat()
+        try call("look at") { Int(fstat(descriptor, &status)) }
+        return UInt64(clamping: status.st_blocks) * 512
+    }
+
+    /// Makes the file at least so long; what is new is a hole.
+    func extend(to length: UInt64) throws(BackendError) {
+        guard try self.length() < length else { return }
+        try call("lengthen") { Int(ftruncate(descriptor, off_t(length))) }
+    }
+
+    func lock(_ operation: Int32) throws(BackendError) -> Bool {
+        if flock(descriptor, operation | LOCK_NB) == 0 { return true }
+        let code = errno
+        guard code == EWOULDBLOCK else {
+            throw BackendError(code: code, message: "lock \(path): \(errnoText(code))")
+        }
+        return false
+    }
+
+    // MARK: Holes and data
+
+    /// The stretches of a range that are data, in order.
+    func forEachData(in range: Range<UInt64>, _ body: (Range<UInt64>) throws(BackendError) -> Void) throws(BackendError)
+    {
+        var position = range.lowerBound
+        while position < range.upperBound {
+            let start = lseek(descriptor, off_t(position), SEEK_DATA)
+            if start < 0, errno == ENXIO { return }
+            guard start >= 0 else {
+                throw BackendError(code: errno, message: "look for data in \(path): \(errnoText(errno))")
+            }
+            guard UInt64(start) < range.upperBound else { return }
+            let end = lseek(descriptor, start, SEEK_HOLE)
+            guard end > start else { throw BackendError(code: EIO, message: "\(path) changed while it was looked at") }
+            let stretch = max(UInt64(start), position)..<min(UInt64(end), range.upperBound)
+            try body(stretch)
+            position = stretch.upperBound
+        }
+    }
+
+    /// Makes a range read as zeros, and take no space.
+    func clear(_ range: Range<UInt64>) throws(BackendError) {
+        try call("clear a part of") {
+            Int(
+                fallocate(
+                    descriptor, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, off_t(range.lowerBound),
+                    off_t(range.upperBound - range.lowerBound)))
+        }
+    }
+
+    /// Gives a range the data that another file has there. A file system that can shares it instead.
+    func copy(_ range: Range<UInt64>, from source: LayerFile) throws(BackendError) {
+        var position = range.lowerBound
+        while position < range.upperBound {
+            var from = off_t(position)
+            var to = off_t(position)
+            let count = copy_file_range(
+                source.descriptor, &from, descriptor, &to, Int(min(range.upperBound - position, 64 << 20)), 0)
+            if count > 0 {
+                position += UInt64(count)
+            } else if count < 0, errno == EINTR {
+                continue
+            } else if count < 0, [EXDEV, EOPNOTSUPP, ENOSYS, EINVAL].contains(errno) {
+                return try copyByHand(position..<range.upperBound, from: source)
+            } else {
+                let code = count == 0 ? EIO : errno
+                throw BackendError(code: code, message: "copy from \(source.path) to \(path): \(errnoText(code))")
+            }
+        }
+    }
+
+    private func copyByHand(_ range: Range<UInt64>, from source: LayerFile) throws(BackendError) {
+        var position = range.lowerBound
+        let bytes = UnsafeMutableRawBufferPointer.allocate(byteCount: 1 << 20, alignment: 4096)
+        defer { bytes.deallocate() }
+        while position < range.upperBound {
+            let piece = Int(min(range.upperBound - position, UInt64(bytes.count)))
+            let count = try source.read(UnsafeMutableRawBufferPointer(rebasing: bytes[..<piece]), at: position)
+            guard count > 0 else { throw BackendError(code: EIO, message: "\(source.path) ends at \(position)") }
+            try write(UnsafeRawBufferPointer(rebasing: bytes[..<count]), at: position)
+            position += UInt64(count)
+        }
+    }
+
+    // MARK: Maps
+
+    /// The runs of clusters that a map says the layer has, among the first `clusters`.
+    func forEachRun(_ clusters: Int, _ body: (Range<Int>) throws(BackendError) -> Void) throws(BackendError) {
+        let bytes = UnsafeMutableRawBufferPointer.allocate(byteCount: 1 << 20, alignment: 4096)
+        defer { bytes.deallocate() }
+        let end = Layer.headerSize + UInt64(clusters)
+        try forEachData(in: Layer.headerSize..<end) { (range) throws(BackendError) in
+            var position = range.lowerBound
+            while position < range.upperBound {
+                let piece = Int(min(range.upperBound - position, UInt64(bytes.count)))
+                let count = try read(UnsafeMutableRawBufferPointer(rebasing: bytes[..<piece]), at: position)
+                guard count > 0 else { return }
+                let first = Int(position - Layer.headerSize)
+                var index = 0
+                while index < count {
+                    guard bytes[index] == 1 else {
+                        index += 1
+                        continue
+                    }
+                    let start = index
+                    while index < count, bytes[index] == 1 { index += 1 }
+                    try body(first + start..<first + index)
+                }
+                position += UInt64(count)
+            }
+        }
+    }
+
+    /// Says in a map that the layer has these clusters.
+    func mark(_ run: Range<Int>) throws(BackendError) {
+        var position = run.lowerBound
+        while position < run.upperBound {
+            let count = min(run.upperBound - position, Ones.count)
+            try write(UnsafeRawBufferPointer(start: Ones.bytes, count: count), at: Layer.headerSize + UInt64(position))
+            position += count
+        }
+    }
+
+    func writeHeader(_ layer: Layer) throws(BackendError) {
+        let bytes = UnsafeMutableRawBufferPointer.allocate(byteCount: Layer.headerText, alignment: 1)
+        defer { bytes.deallocate() }
+        bytes.copyBytes(from: layer.encode())
+        try write(UnsafeRawBufferPointer(bytes), at: 0)
+    }
+}
+
+/// A stretch of the byte 1, to mark clusters with.
+enum Ones {
+    static let count = 64 << 10
+    nonisolated(unsafe) static let bytes: UnsafeRawPointer = {
+        let bytes = UnsafeMutableRawPointer.allocate(byteCount: count, alignment: 4096)
+        memset(bytes, 1, count)
+        return UnsafeRawPointer(bytes)
+    }()
+}

@@ -1,0 +1,48 @@
+import Backend
+import EventLoop
+import Glibc
+
+extension Volume {
+    /// Seconds until requests in flight are given up waiting for.
+    private static let exchangeTimeout: UInt64 = 30
+
+    /// Has the store changed while nothing is in flight at it, and goes on with what it is then. Clients see a pause.
+    ///
+    /// When the change fails, the volume goes on as before. When its store cannot be started again after it, all I/O
+    /// fails with EIO until the volume is mapped anew.
+    func exchangeStore(_ change: StoreChange, on blocking: BlockingThread) async throws(BackendError) {
+        let old = opened
+        // While I/O still runs, so that less is left for the pause.
+        try await blocking.run { () throws(BackendError) in try old.settle() }
+        guard let (state, since) = await loop.call({ [self] in (gate.state, gate.since) }) else { throw isStopping }
+        if state != .suspended { try await suspend(timeout: Self.exchangeTimeout) }
+        _ = await loop.call { [self] in store?.close() }
+        var failure: BackendError?
+        var new: (any OpenVolume)?
+        do throws(BackendError) {
+            new = try await blocking.run { () throws(BackendError) in try old.reopen(after: change) }
+        } catch { failure = error }
+        let next = new ?? old
+        let notStarted = await loop.call { [self] in startStore(next) }
+        if new != nil {
+            currentlyOpened.withLock { $0 = next }
+            await blocking.run { old.close() }
+        }
+        if state != .suspended {
+            try await resume(state)
+            _ = await loop.call { [self] in gate.since = since }
+        }
+        if let error = failure ?? notStarted ?? nil { throw error }
+    }
+
+    /// In place of a store that was closed, which answers with errors if this fails.
+    private func startStore(_ opened: any OpenVolume) -> BackendError? {
+        // The backend's end of turn comes first, as at the beginning.
+        loop.unobserve(self)
+        defer { loop.observe(self) }
+        do throws(BackendError) {
+            store = try opened.start(on: loop, buffers: buffers, client: self)
+            return nil
+        } catch { return error }
+    }
+}

@@ -1,0 +1,139 @@
+import Backend
+import Glibc
+import Logging
+
+extension VolumeManager {
+    private static func snapshots(of pool: any VolumePool) throws(BackendError) -> any SnapshotPool {
+        if let pool = pool as? any SnapshotPool { return pool }
+        throw BackendError(
+            code: EOPNOTSUPP,
+            message: "the volumes of pool \(pool.name) have no snapshots; those of pools of type local do")
+    }
+
+    /// Of a mapped volume, what was acknowledged before is in it; its clients see a pause.
+    package func createSnapshot(
+        _ pool: any VolumePool, volume: String, snapshot: String
+    ) async throws(BackendError) -> SnapshotRecord {
+        let snapshots = try Self.snapshots(of: pool)
+        let name = "\(pool.name)/\(volume)"
+        let made = try await names.run(name) { [self] () throws(BackendError) in
+            guard let mapping = mapping(name), mapping.pool === pool, !mapping.options.readOnly else {
+                return try await blocking.run { () throws(BackendError) in
+                    try snapshots.createSnapshot(volume: volume, snapshot: snapshot)
+                }
+            }
+            try await mapping.volume.exchangeStore(.snapshot(snapshot), on: blocking)
+            let all = try await blocking.run { () throws(BackendError) in try snapshots.snapshots(volume: volume) }
+            guard let made = all.first(where: { $0.name == snapshot }) else {
+                throw BackendError(code: ENOENT, message: "\(name)@\(snapshot) is gone as soon as it was made")
+            }
+            return made
+        }
+        logger.info("snapshot made", metadata: ["volume": "\(name)@\(snapshot)"])
+        return made
+    }
+
+    package func snapshots(_ pool: any VolumePool, volume: String) async throws(BackendError) -> [SnapshotRecord] {
+        let snapshots = try Self.snapshots(of: pool)
+        return try await blocking.run { () throws(BackendError) in try snapshots.snapshots(volume: volume) }
+    }
+
+    /// What only the snapshot needed is freed in the background.
+    package func deleteSnapshot(
+        _ pool: any VolumePool, volume: String, snapshot: String
+    ) async throws(BackendError) {
+        let snapshots = try Self.snapshots(of: pool)
+        let name = "\(pool.name)/\(volume)"
+        try await names.run(name) { [self] () throws(BackendError) in
+            try await blocking.run { () throws(BackendError) in
+                try snapshots.deleteSnapshot(volume: volume, snapshot: snapshot)
+            }
+        }
+        logger.info("snapshot deleted", metadata: ["volume": "\(name)@\(snapshot)"])
+        tidy(pool)
+    }
+
+    package func rollback(_ pool: any VolumePool, volume: String, snapshot: String) async throws(BackendError) {
+        let snapshots = try Self.snapshots(of: pool)
+        let name = "\(pool.name)/\(volume)"
+        try await names.run(name) { [self] () throws(BackendError) in
+            if let mapping = mapping(name), mapping.pool === pool {
+                throw BackendError(code: EBUSY, message: "\(name) is mapped; unmap it first: qbd unmap \(name)")
+            }
+            try await blocking.run { () throws(BackendError) in
+                try snapshots.rollback(volume: volume, snapshot: snapshot)
+            }
+        }
+        logger.info("rolled back", metadata: ["volume": "\(name)@\(snapshot)"])
+        tidy(pool)
+    }
+
+    /// - Parameter new: a volume that is not there yet, of the same pool.
+    package func clone(
+        _ pool: any VolumePool, volume: String, snapshot: String, to new: String
+    ) async throws(BackendError) -> VolumeRecord {
+        let snapshots = try Self.snapshots(of: pool)
+        let record = try await names.run("\(pool.name)/\(new)") { [self] () throws(BackendError) in
+            try await blocking.run { () throws(BackendError) in
+                try snapshots.clone(volume: volume, snapshot: snapshot, to: new)
+            }
+        }
+        logger.info("cloned from \(volume)@\(snapshot)", metadata: ["volume": "\(pool.name)/\(new)"])
+        return record
+    }
+
+    // MARK: Tidying
+
+    /// Rounds of one task: a volume that is written to faster than its layers are merged is left for the next time.
+    private static let tidyingRounds = 6
+
+    /// Merges in the background what deleted snapshots have left, also what an earlier daemon began.
+    package func tidy(_ pool: any VolumePool) {
+        guard let pool = pool as? any SnapshotPool else { return }
+        let id = ObjectIdentifier(pool)
+        let isRunning = state.withLock { state in
+            defer { state.tidying[id] = state.tidying[id] != nil }
+            return state.tidying[id] != nil
+        }
+        guard !isRunning else { return }
+        Task {
+            repeat {
+                do throws(BackendError) { try await tidyNow(pool) } catch {
+                    logger.error(
+                        "layers of deleted snapshots are not merged: \(error.message)",
+                        metadata: ["pool": "\(pool.name)"])
+                }
+            } while tidyAgain(id)
+        }
+    }
+
+    private func tidyAgain(_ id: ObjectIdentifier) -> Bool {
+        state.withLock { state in
+            let again = state.tidying[id] == true && !state.stopping
+            state.tidying[id] = again ? false : nil
+            return again
+        }
+    }
+
+    private func tidyNow(_ pool: any SnapshotPool) async throws(BackendError) {
+        for _ in 0..<Self.tidyingRounds {
+            var changed = try await copying.run { [self] () throws(BackendError) in
+                try pool.tidy { state.withLock { $0.stopping } }
+            }
+            for name in state.withLock({ state in state.mappings.filter { $0.value.pool === pool }.keys.sorted() }) {
+                let done = try await names.run(name) { [self] () throws(BackendError) in try await tidyMapped(name) }
+                changed = done || changed
+            }
+            if !changed || state.withLock({ $0.stopping }) { return }
+        }
+    }
+
+    /// - Returns: whether there was something to do.
+    private func tidyMapped(_ name: String) async throws(BackendError) -> Bool {
+        guard let volume = mapping(name)?.volume, !state.withLock({ $0.stopping }) else { return false }
+        let opened = volume.opened
+        guard let change = await copying.run({ opened.dueChange }) else { return false }
+        try await volume.exchangeStore(change, on: blocking)
+        return true
+    }
+}

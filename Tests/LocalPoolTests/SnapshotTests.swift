@@ -1,0 +1,120 @@
+import Backend
+import Glibc
+import LocalPool
+import Testing
+
+private func code(_ body: () throws(BackendError) -> Void) -> Int32 {
+    do {
+        try body()
+        return 0
+    } catch { return error.code }
+}
+
+/// The files of snapshots and clones, and what a crash leaves of them. What is read and written through them is tested
+/// with the daemon.
+@Suite struct SnapshotTests {
+    let directory: TemporaryDirectory
+    let pool: LocalPool
+    static let plain = ["disk.raw", "disk.volume", "~lock"]
+
+    init() throws {
+        directory = try TemporaryDirectory()
+        pool = LocalPool(name: "p", path: directory.path)
+        _ = try pool.create(volume: "disk", size: 100_352, blockSize: 512)
+    }
+
+    private func tidy() throws { while try pool.tidy(stop: { false }) {} }
+
+    @Test func aSnapshotPutsALayerOnTheData() throws {
+        let snapshot = try pool.createSnapshot(volume: "disk", snapshot: "s")
+        #expect(try pool.snapshots(volume: "disk") == [snapshot])
+        #expect(snapshot.size == 100_352)
+        let layers = directory.names.filter { $0.hasPrefix("@") }
+        #expect(layers.count == 4, "two layers of two files: \(directory.names)")
+        #expect(!directory.names.contains("disk.raw"))
+        #expect(layers.filter { $0.hasSuffix(".raw") }.allSatisfy { directory.size($0) == 131_072 })
+    }
+
+    @Test func withTheLastSnapshotTheLayersGo() throws {
+        let names = (0..<5).map { "s\($0)" }
+        for name in names { _ = try pool.createSnapshot(volume: "disk", snapshot: name) }
+        for name in ["s3", "s0", "s4", "s1", "s2"] {
+            try pool.deleteSnapshot(volume: "disk", snapshot: name)
+            #expect(try pool.needsTidying())
+            try tidy()
+            try pool.open(volume: "disk", readOnly: false).close()
+        }
+        #expect(directory.names == Self.plain)
+        #expect(directory.size("disk.raw") == 100_352)
+        #expect(try !pool.needsTidying())
+    }
+
+    @Test func whatIsOpenIsLeftAlone() throws {
+        _ = try pool.createSnapshot(volume: "disk", snapshot: "s")
+        let reader = try pool.open(volume: "disk@s", readOnly: true)
+        #expect(reader.readOnly)
+        #expect(code { () throws(BackendError) in try pool.deleteSnapshot(volume: "disk", snapshot: "s") } == EBUSY)
+        #expect(code { () throws(BackendError) in try pool.delete(volume: "disk", snapshots: true) } == EBUSY)
+        reader.close()
+        let writer = try pool.open(volume: "disk", readOnly: false)
+        #expect(code { () throws(BackendError) in try pool.rollback(volume: "disk", snapshot: "s") } == EBUSY)
+        #expect(code { () throws(BackendError) in _ = try pool.createSnapshot(volume: "disk", snapshot: "t") } == EBUSY)
+        try pool.deleteSnapshot(volume: "disk", snapshot: "s")
+        #expect(try !pool.tidy(stop: { false }), "the head is open")
+        #expect(writer.dueChange == .tidy)
+        let tidied = try writer.reopen(after: .tidy)
+        writer.close()
+        #expect(tidied.dueChange == nil)
+        tidied.close()
+        #expect(directory.names == Self.plain)
+    }
+
+    @Test func aVolumeWithSnapshotsIsNotDeletedByMistake() throws {
+        _ = try pool.createSnapshot(volume: "disk", snapshot: "s")
+        #expect(code { () throws(BackendError) in try pool.delete(volume: "disk", snapshots: false) } == EBUSY)
+        try pool.delete(volume: "disk", snapshots: true)
+        #expect(directory.names == ["~lock"])
+    }
+
+    @Test func aCloneKeepsWhatItNeeds() throws {
+        _ = try pool.createSnapshot(volume: "disk", snapshot: "s")
+        let clone = try pool.clone(volume: "disk", snapshot: "s", to: "clone")
+        #expect(try pool.list().map(\.volume) == ["clone", "disk"])
+        #expect(
+            code { () throws(BackendError) in _ = try pool.clone(volume: "disk", snapshot: "s", to: "clone") } == EEXIST
+        )
+        try pool.delete(volume: "disk", snapshots: true)
+        try tidy()
+        #expect(directory.names == ["clone.raw", "clone.volume", "~lock"])
+        #expect(try pool.list() == [clone])
+    }
+
+    @Test func aForeignFileInTheWayIsKept() throws {
+        _ = try pool.createSnapshot(volume: "disk", snapshot: "s")
+        directory.write("disk.raw", "precious")
+        try pool.deleteSnapshot(volume: "disk", snapshot: "s")
+        #expect(code { () throws(BackendError) in _ = try pool.tidy(stop: { false }) } == EEXIST)
+        #expect(directory.size("disk.raw") == 8)
+        unlink("\(directory.path)/disk.raw")
+        try tidy()
+        #expect(directory.names == Self.plain)
+    }
+
+    @Test func aMissingOrDamagedLayerIsNamedAndNothingIsRemoved() throws {
+        _ = try pool.createSnapshot(volume: "disk", snapshot: "s")
+        _ = try pool.create(volume: "other", size: 512, blockSize: 512)
+        let map = try #require(directory.names.first { $0.hasSuffix(".map") })
+        rename("\(directory.path)/\(map)", "\(directory.path)/away")
+        directory.write("~layers", "")
+        let before = directory.names
+        do {
+            _ = try pool.open(volume: "disk", readOnly: false)
+            Issue.record("opened")
+        } catch { #expect(error.message.contains("@")) }
+        try pool.open(volume: "other", readOnly: false).close()
+        #expect(directory.names == before)
+        rename("\(directory.path)/away", "\(directory.path)/\(map)")
+        try pool.open(volume: "disk", readOnly: false).close()
+        #expect(!directory.names.contains("~layers"))
+    }
+}
