@@ -20,10 +20,10 @@ import time
 
 import nbd
 
-from loads import COUNTED, LOADS, KiB, MiB, Load, count_allocations, measure
+from loads import COUNTED, LOADS, KiB, MiB, Load, count_allocations, measure, run_together
 from servers import BIN, REPOSITORY, SERVERS, Failure, Qbd, run
 
-SUITES = ("onehop-memory", "onehop-local", "many", "snapshots")
+SUITES = ("onehop-memory", "onehop-local", "many", "snapshots", "throttle")
 RESULTS = REPOSITORY / ".build" / "bench.json"
 VOLUMES = 64
 DEPTH = 20
@@ -202,6 +202,66 @@ def snapshots(options, bars):
     return rows
 
 
+# Seconds over which limits have to hold.
+THROTTLE_SECONDS = 10
+OPERATIONS = {"4k": 2000, "1M": 100}
+
+
+def throttle(options, bars):
+    """How exact limits are, what they cost where they are not reached, and what a limited volume costs another."""
+    rows = []
+
+    def note(what, value, bar, at_least=True):
+        rows.append({"suite": "throttle", "load": what, "server": "qbd", "ratio": value})
+        bars.check("throttle", what, value, bar, at_least)
+
+    with Qbd(256 * MiB, volumes=5) as server:
+        uris = [f"nbd+unix:///bench/volume{index}?socket={server.home / 'nbd.sock'}" for index in range(5)]
+
+        def limit(volume, text):
+            server.qbd("throttle", f"bench/volume{volume}", "-t", text)
+
+        print("\nthrottle: what each limit lets through, of what it says")
+        for block, size in (("4k", 4 * KiB), ("1M", MiB)):
+            operations = OPERATIONS[block]
+            alone = [
+                ("read_bps", "randread", 40_000_000, size), ("write_bps", "randwrite", 40_000_000, size),
+                ("read_iops", "randread", operations, 1), ("write_iops", "randwrite", operations, 1),
+            ]  # fmt: skip
+            for depth in (1, 32):
+                jobs = []
+                for volume, (key, kind, rate, _) in enumerate(alone):
+                    limit(volume, f"{key}={rate}")
+                    jobs.append((uris[volume], Load(kind, block, depth)))
+                # All at once, another one of each direction counting.
+                limit(4, f"read_bps=30000000,read_iops=1M,write_iops={operations // 2},write_bps=1T")
+                jobs += [(uris[4], Load(kind, block, depth)) for kind in ("randread", "randwrite")]
+                sides = run_together(server, jobs, THROTTLE_SECONDS)
+                expected = [rate / size for _, _, rate, size in alone] + [30_000_000 / size, operations / 2]
+                names = [key for key, *_ in alone] + ["all: read_bps", "all: write_iops"]
+                for name, side, rate in zip(names, sides, expected):
+                    error = abs(side["iops"] / rate - 1)
+                    note(f"{name} {block} qd{depth}: error", error, 0.02, at_least=False)
+                for volume in range(5):
+                    limit(volume, "bps=0,iops=0")
+
+        print("\nthrottle: IOPS under limits that are not reached, and beside a limited volume, of those without")
+        for load in (Load("randread", "4k", 32), Load("randwrite", "4k", 32)):
+            samples = {"none": [], "not reached": [], "beside": []}
+            for _ in range(options.rounds):
+                for kind, runs in samples.items():
+                    limit(0, "bps=1P,iops=1G" if kind == "not reached" else "bps=0,iops=0")
+                    jobs = [(uris[0], load)]
+                    if kind == "beside":
+                        limit(1, "iops=500")
+                        jobs.append((uris[1], load))
+                    runs.append(run_together(server, jobs, options.seconds)[0]["iops"])
+            base = statistics.median(samples["none"])
+            for kind in ("not reached", "beside"):
+                note(f"{load}: {kind}", statistics.median(samples[kind]) / base, 0.97)
+    return rows
+
+
 def random_file(directory, size):
     """A file of random bytes, removed by the caller."""
     path = pathlib.Path(directory) / f"bench-random-{os.getpid()}"
@@ -271,7 +331,7 @@ def main():
     rows = []
     describe(options)
     for suite in options.suites:
-        alone = {"many": many, "snapshots": snapshots}.get(suite)
+        alone = {"many": many, "snapshots": snapshots, "throttle": throttle}.get(suite)
         rows += alone(options, bars) if alone else one_hop(suite, options, bars)
     bars.report()
     write(rows, options.suites)

@@ -1,5 +1,6 @@
 """What is done to a server and what is read off it."""
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -31,9 +32,9 @@ LOADS = [
 COUNTED = [Load("randread", "4k", 32), Load("randwrite", "4k", 32)]
 
 
-def start_fio(server, load, seconds, output):
+def start_fio(server, load, seconds, output, uri=None):
     return subprocess.Popen(
-        ["fio", "--name=bench", "--ioengine=nbd", f"--uri={server.uri}", f"--rw={load.kind}", f"--bs={load.block}",
+        ["fio", "--name=bench", "--ioengine=nbd", f"--uri={uri or server.uri}", f"--rw={load.kind}", f"--bs={load.block}",
          f"--iodepth={load.depth}", f"--runtime={seconds}", "--time_based", f"--size={server.size}",
          "--output-format=json", f"--output={output}"],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -65,6 +66,18 @@ def measure(server, load, seconds):
         "p50_us": percentile["50.000000"] / 1e3,
         "p99_us": percentile["99.000000"] / 1e3,
     }
+
+
+def run_together(server, jobs, seconds):
+    """Loads at the same time, each on a URI: fio's figures, in their order."""
+    with contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.NamedTemporaryFile(suffix=".json")) for _ in jobs]
+        running = [
+            start_fio(server, load, seconds, output.name, uri) for (uri, load), output in zip(jobs, outputs)
+        ]
+        return [
+            finish_fio(fio, load, server, output) for fio, (_, load), output in zip(running, jobs, outputs)
+        ]
 
 
 def count_allocations(server, load, seconds):

@@ -45,6 +45,8 @@ package struct DaemonConfiguration: Sendable {
         package internal(set) var connTimeout = Duration.seconds(8)
         /// How long opening a volume may take.
         package internal(set) var openVolumeTimeout = Duration.seconds(180)
+        /// Milliseconds from which on an I/O is told as slow, 10 to 3600000.
+        package internal(set) var slowIO = 2000
         /// For names without a scheme.
         package internal(set) var connType = Transport.tcp
     }

@@ -134,6 +134,8 @@ extension DaemonConfigurationParser {
             configuration.client.connTimeout = try Value.seconds(value, of: key)
         case ("client", "open_volume_timeout"):
             configuration.client.openVolumeTimeout = try Value.seconds(value, of: key)
+        case ("client", "slow_io_ms"):
+            configuration.client.slowIO = try Value.integer(value, of: key, in: 10...3_600_000, unit: "milliseconds")
         case ("client", "conn_type"):
             configuration.client.connType = try Value.choice(value, of: key)
         case ("nbd", "listen"):

@@ -31,6 +31,7 @@ package struct LetterUsage {
         Option(short: nil, long: "write-iops", takesValue: true),
         Option(short: nil, long: "burst", takesValue: true),
         Option(short: nil, long: "export", takesValue: false),
+        Option(short: nil, long: "long", takesValue: false),
         Option(short: nil, long: "force", takesValue: false),
         Option(short: nil, long: "read-only", takesValue: false),
         Option(short: nil, long: "json", takesValue: false),

@@ -15,6 +15,10 @@ package struct MappingRecord: Codable, Sendable, Equatable {
     package var state: String
     /// When it got into that state, in seconds since 1970.
     package var since: Int64
+    /// How well it does: `idle`, `active`, `degraded`, `slow`, `reconnecting`, `failed` or `read-only`.
+    package var health: String
+    /// When that began, in seconds since 1970.
+    package var healthSince: Int64
     /// Bytes.
     package var size: UInt64
     /// Bytes.
@@ -29,7 +33,8 @@ package struct MappingRecord: Codable, Sendable, Equatable {
 
     package init(
         deviceID: UInt32, id: UInt64, device: String, volume: String, config: String, limits: Limits, state: String,
-        since: Int64, size: UInt64, blockSize: UInt32, transport: String, readOnly: Bool, uri: String, connections: Int
+        since: Int64, health: String, healthSince: Int64, size: UInt64, blockSize: UInt32, transport: String,
+        readOnly: Bool, uri: String, connections: Int
     ) {
         self.deviceID = deviceID
         volumeID = hexadecimal(id)
@@ -39,6 +44,8 @@ package struct MappingRecord: Codable, Sendable, Equatable {
         self.limits = limits
         self.state = state
         self.since = since
+        self.health = health
+        self.healthSince = healthSince
         self.size = size
         self.blockSize = blockSize
         self.transport = transport
@@ -48,7 +55,8 @@ package struct MappingRecord: Codable, Sendable, Equatable {
     }
 
     package enum CodingKeys: String, CodingKey {
-        case device, volume, config, state, since, size, uri, connections
+        case device, volume, config, state, since, health, size, uri, connections
+        case healthSince = "health_since"
         case deviceID = "dev_id"
         case volumeID = "vol_id"
         case blockSize = "block_size"
@@ -67,6 +75,8 @@ package struct MappingRecord: Codable, Sendable, Equatable {
         limits = try Limits(from: decoder)
         state = try fields.decode(String.self, forKey: .state)
         since = try fields.decode(Int64.self, forKey: .since)
+        health = try fields.decode(String.self, forKey: .health)
+        healthSince = try fields.decode(Int64.self, forKey: .healthSince)
         size = try fields.decode(UInt64.self, forKey: .size)
         blockSize = try fields.decode(UInt32.self, forKey: .blockSize)
         transport = try fields.decode(String.self, forKey: .transport)
@@ -85,6 +95,8 @@ package struct MappingRecord: Codable, Sendable, Equatable {
         try limits.encode(to: encoder)
         try fields.encode(state, forKey: .state)
         try fields.encode(since, forKey: .since)
+        try fields.encode(health, forKey: .health)
+        try fields.encode(healthSince, forKey: .healthSince)
         try fields.encode(size, forKey: .size)
         try fields.encode(blockSize, forKey: .blockSize)
         try fields.encode(transport, forKey: .transport)

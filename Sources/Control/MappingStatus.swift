@@ -43,12 +43,14 @@ package struct MappingStatus: Codable, Sendable, Equatable {
         package var writtenBytes: UInt64
         /// Requests that were answered with an error.
         package var errors: UInt64
+        /// Requests that took longer than `slow_io_ms` says.
+        package var slow: UInt64
         /// Requests without an answer at the moment.
         package var inFlight: UInt64
 
         package init(
             reads: UInt64, writes: UInt64, flushes: UInt64, trims: UInt64, readBytes: UInt64, writtenBytes: UInt64,
-            errors: UInt64, inFlight: UInt64
+            errors: UInt64, slow: UInt64, inFlight: UInt64
         ) {
             self.reads = reads
             self.writes = writes
@@ -57,11 +59,12 @@ package struct MappingStatus: Codable, Sendable, Equatable {
             self.readBytes = readBytes
             self.writtenBytes = writtenBytes
             self.errors = errors
+            self.slow = slow
             self.inFlight = inFlight
         }
 
         package enum CodingKeys: String, CodingKey {
-            case reads, writes, flushes, trims, errors
+            case reads, writes, flushes, trims, errors, slow
             case readBytes = "read_bytes"
             case writtenBytes = "written_bytes"
             case inFlight = "in_flight"

@@ -5,15 +5,16 @@ package enum MappingTable {
         "dev_id", "vol_id", "device", "volume", "config", "read_bps", "write_bps", "read_iops", "write_iops",
     ]
 
-    package static func text(_ mappings: [MappingRecord]) -> String {
+    /// - Parameter long: with two more columns, the state and the health.
+    package static func text(_ mappings: [MappingRecord], long: Bool = false) -> String {
         let rows = mappings.map { mapping in
             [
                 String(mapping.deviceID), mapping.volumeID, mapping.device, mapping.volume, mapping.config,
                 String(mapping.limits.readBytes), String(mapping.limits.writeBytes),
                 String(mapping.limits.readOperations), String(mapping.limits.writeOperations),
-            ]
+            ] + (long ? [mapping.state, mapping.health] : [])
         }
-        return ([header] + rows).map { line($0) + "\n" }.joined()
+        return ([header + (long ? ["state", "health"] : [])] + rows).map { line($0) + "\n" }.joined()
     }
 
     /// The original's fields end at tab stops of four columns, its tabs written as blanks.

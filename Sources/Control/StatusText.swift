@@ -17,6 +17,7 @@ package enum StatusText {
             ("access", mapping.readOnly ? "read-only" : "read-write"),
             ("config", mapping.config),
             ("state", "\(mapping.state) since \(Calendar.text(mapping.since))"),
+            ("health", "\(mapping.health) since \(Calendar.text(mapping.healthSince))"),
             ("connections", String(mapping.connections)),
             ("limits", limits(mapping.limits)),
             ("reads", "\(counters.reads), \(size(counters.readBytes))"),
@@ -24,6 +25,7 @@ package enum StatusText {
             ("flushes", String(counters.flushes)),
             ("trims", String(counters.trims)),
             ("errors", String(counters.errors)),
+            ("slow", String(counters.slow)),
             ("in flight", String(counters.inFlight)),
             ("held back", heldBack(status.heldBack)),
         ]

@@ -60,7 +60,7 @@ package enum Verb: String, CaseIterable, Sendable {
                 + " [--hook PATH|none] [--hook-timeout SECONDS] [--forget] [-f FILE]"
         case .suspend: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] [--timeout SECONDS]"
         case .remap, .info: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG]"
-        case .list: "[-c CONFIG]"
+        case .list: "[-c CONFIG] [--long]"
         case .mapAll, .unmapAll: "[-f FILE]"
         case .throttle: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] -t KEY=NUMBER[,...] [--burst MS]"
         case .resume: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] -t normal|error|discard"

@@ -38,6 +38,11 @@ package struct Slab<Element>: ~Copyable {
         return slots + (fresh &- 1)
     }
 
+    /// Every slot that was ever taken, also those that are free now.
+    package func forEachTouched(_ body: (UnsafeMutablePointer<Element>) -> Void) {
+        for index in 0..<fresh { body(slots + index) }
+    }
+
     @inline(__always)
     package mutating func give(_ slot: UnsafeMutablePointer<Element>) {
         free[freeCount] = slot

@@ -128,6 +128,11 @@ package struct Request {
     var errorText: StaticString?
     /// The loop's `now` when the request was read.
     package var arrival: UInt64
+    /// The loop's `now` when the volume let it through to its store; until then, and mostly, when it was read.
+    package var admitted: UInt64
+    package var place: Place
+    /// Has been told as one that takes too long.
+    package var isReportedSlow: Bool
     /// Parts the backend has not completed, and bytes not yet handed to it. For the volume alone.
     package var pendingParts: Int32
     package var issued: UInt32
@@ -145,8 +150,23 @@ package struct Request {
         headCount = 0
         replyCount = 0
         self.arrival = arrival
+        admitted = arrival
+        place = .volume
+        isReportedSlow = false
         pendingParts = 0
         issued = 0
+    }
+
+    /// Where the request is, for who looks for slow ones.
+    package enum Place: UInt8 {
+        /// With the volume and its store.
+        case volume
+        /// Held back because the volume is suspended.
+        case gate
+        /// Waiting for its limits.
+        case throttle
+        /// The slot is free.
+        case nowhere
     }
 
     /// Its connection is closed: nobody waits for the answer.

@@ -63,10 +63,20 @@ extension Volume {
         if kernel.closing > 0 { return waitForClosing(request) }
         switch gate.state {
         case .normal: passThrottle(request)
-        case .discard: issue(request)
-        case .suspended: gate.held.append(request)
+        case .discard: letThrough(request)
+        case .suspended:
+            request.pointee.place = .gate
+            gate.held.append(request)
         case .error: fail(request, EIO)
         }
+    }
+
+    /// A request that may have waited goes on to the store.
+    @inline(__always)
+    func letThrough(_ request: UnsafeMutablePointer<Request>) {
+        request.pointee.place = .volume
+        request.pointee.admitted = loop.now
+        issue(request)
     }
 
     private func fail(_ request: UnsafeMutablePointer<Request>, _ code: Int32) {

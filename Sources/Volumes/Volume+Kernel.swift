@@ -42,6 +42,7 @@ extension Volume {
             for socket in sockets {
                 begin(descriptor: socket, peer: KernelSide.peer, negotiated: negotiated, leftover: [])
             }
+            notice(.connected)
         }
         if !accepted { for socket in sockets { Glibc.close(socket) } }
     }
@@ -112,7 +113,10 @@ extension Volume {
         kernel.closing += 1
         settleAdmission()
         dropWaiting(of: session)
-        if !kernel.isDetached, !stopping { report(.kernelConnectionLost) }
+        if !kernel.isDetached, !stopping {
+            notice(kernel.sessions.isEmpty ? .connectionLost : .pathLost)
+            report(.kernelConnectionLost)
+        }
         guard kernel.sessions.isEmpty else { return }
         kernel.drainTimer?.cancel()
         kernel.drainTimer = nil

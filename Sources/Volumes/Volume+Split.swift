@@ -120,7 +120,10 @@ extension Volume {
 
     package func completed(_ part: UnsafeMutablePointer<IO>) {
         let request = part.pointee.request.assumingMemoryBound(to: Request.self)
-        if part.pointee.status != 0, request.pointee.status == 0 { request.pointee.status = part.pointee.status }
+        if part.pointee.status != 0 {
+            if request.pointee.status == 0 { request.pointee.status = part.pointee.status }
+            noticeFailure(part)
+        }
         switch request.pointee.command {
         case .read: break
         case .blockStatus: if request.pointee.oneExtent { keepOneExtent(part) }
@@ -144,6 +147,7 @@ extension Volume {
     @inline(__always)
     private func answer(_ request: UnsafeMutablePointer<Request>) {
         atStore &-= 1
+        if loop.now &- request.pointee.admitted > watch.slowIO { noticeLate(request) }
         if atStore == 0, needsAdmission { storeIsQuiet() }
         request.reply()
     }

@@ -63,17 +63,18 @@ extension Volume {
         case .read:
             if throttle.waitingReads.isEmpty {
                 wait = throttle.read.pass(bytes: UInt64(request.pointee.length), now: loop.now)
-                if wait == 0 { return issue(request) }
+                if wait == 0 { return letThrough(request) }
             }
             throttle.waitingReads.append(request)
         case .write, .writeZeroes, .trim:
             if throttle.waitingWrites.isEmpty {
                 wait = throttle.write.pass(bytes: Self.writtenBytes(request), now: loop.now)
-                if wait == 0 { return issue(request) }
+                if wait == 0 { return letThrough(request) }
             }
             throttle.waitingWrites.append(request)
-        case .flush, .cache, .blockStatus, .disconnect: return issue(request)
+        case .flush, .cache, .blockStatus, .disconnect: return letThrough(request)
         }
+        request.pointee.place = .throttle
         if wait > 0 { wake(after: wait) }
     }
 
@@ -95,7 +96,7 @@ extension Volume {
                 break
             }
             _ = throttle.waitingReads.popFirst()
-            issue(request)
+            letThrough(request)
         }
         while let request = throttle.waitingWrites.first {
             let wait = throttle.write.pass(bytes: Self.writtenBytes(request), now: loop.now)
@@ -104,7 +105,7 @@ extension Volume {
                 break
             }
             _ = throttle.waitingWrites.popFirst()
-            issue(request)
+            letThrough(request)
         }
         throttle.timer?.cancel()
         if next < .max { wake(after: next) }

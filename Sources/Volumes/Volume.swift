@@ -41,6 +41,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     var needsAdmission = false
     /// Requests handed to the splitter and not yet completed.
     var atStore = 0
+    var watch: Watch
     var counters = VolumeCounters()
     private let readLatency = LatencyHistogram()
     private let writeLatency = LatencyHistogram()
@@ -53,8 +54,8 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     private var activityAtTimer: UInt64 = 0
 
     private init(
-        name: String, opened: any OpenVolume, settings: VolumeSettings, loop: EventLoop, maximumSessions: Int,
-        logger: Logger, report: @escaping @Sendable (SessionEvent) -> Void
+        name: String, opened: any OpenVolume, settings: VolumeSettings, slowIO: UInt64, loop: EventLoop,
+        maximumSessions: Int, logger: Logger, report: @escaping @Sendable (SessionEvent) -> Void
     ) {
         self.name = name
         currentlyOpened = Mutex(opened)
@@ -62,6 +63,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
         self.maximumSessions = maximumSessions
         self.logger = logger
         self.report = report
+        watch = Watch(slowIO: slowIO, isReadOnly: opened.readOnly, now: loop.now)
         gate = Gate(state: settings.gate, since: settings.gateSince)
         let record = opened.record
         var export = Export(
@@ -83,17 +85,19 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     /// Starts a loop for an open volume. On an error the open volume is still the caller's.
     /// - Parameters:
     ///   - settings: hold from the first request on.
+    ///   - slowIO: milliseconds from which on a request counts as slow.
     ///   - maximumSessions: NBD connections at a time, 1...64.
     ///   - report: called on the volume's loop.
     package static func start(
-        name: String, opened: any OpenVolume, settings: VolumeSettings, maximumSessions: Int, logger: Logger,
+        name: String, opened: any OpenVolume, settings: VolumeSettings, slowIO: UInt64 = 2000, maximumSessions: Int,
+        logger: Logger,
         report: @escaping @Sendable (SessionEvent) -> Void
     ) async throws(BackendError) -> Volume {
         let loop: EventLoop
         do { loop = try EventLoop(name: "qbd:\(name)") } catch { throw BackendError(error) }
         let volume = Volume(
-            name: name, opened: opened, settings: settings, loop: loop, maximumSessions: maximumSessions,
-            logger: logger, report: report)
+            name: name, opened: opened, settings: settings, slowIO: slowIO, loop: loop,
+            maximumSessions: maximumSessions, logger: logger, report: report)
         let failure = await loop.call { volume.begin(settings.limits) }
         if let failure = failure ?? nil {
             loop.stop()
@@ -110,6 +114,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
         throttle.set(limits, now: loop.now)
         enterGate(gate.state)
         quiet = LoopTimer(loop: loop) { [unowned self] in quietPassed() }
+        watch.timer = LoopTimer(loop: loop) { [unowned self] in watchPassed() }
         loop.observe(self)
         return nil
     }
@@ -204,7 +209,9 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
         if activity != activityAtTimer, quiet?.isArmed == false {
             activityAtTimer = activity
             quiet?.arm(after: 1_000_000_000)
+            notice(.busy)
         }
+        if watch.timer?.isArmed == false, requests.inUse > 0 || watch.health.isBad { armWatch() }
         if stopping, sessions.isEmpty { finishStop() }
     }
 
@@ -224,6 +231,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
             quiet?.arm(after: 1_000_000_000)
             return
         }
+        notice(.quiet)
         for session in sessions { session.releaseIdleMemory() }
         buffers.trim()
     }
@@ -250,6 +258,8 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
         graceTimer = nil
         quiet?.cancel()
         quiet = nil
+        watch.timer?.cancel()
+        watch.timer = nil
         store.close()
         self.store = nil
         backend = nil
@@ -274,10 +284,12 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     package func release(_ request: UnsafeMutablePointer<Request>) {
         count(request)
         freeParts(of: request)
+        request.pointee.place = .nowhere
         requests.give(request)
     }
 
     package func forget(_ request: UnsafeMutablePointer<Request>) {
+        request.pointee.place = .nowhere
         requests.give(request)
     }
 
@@ -309,7 +321,8 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
 
     private func loopStatus() -> VolumeLoopStatus {
         VolumeLoopStatus(
-            state: gate.shown, since: gate.since, connections: sessions.count { $0.peer != KernelSide.peer },
+            state: gate.shown, since: gate.since, health: watch.health.state, healthSince: watch.since,
+            connections: sessions.count { $0.peer != KernelSide.peer },
             counters: counters, inFlight: requests.inUse, heldBack: heldBack(),
             readLatency: readLatency.summary(), writeLatency: writeLatency.summary(),
             flushLatency: flushLatency.summary(), clients: sessions.map(\.peer).filter { $0 != KernelSide.peer },
@@ -329,6 +342,9 @@ package enum SessionEvent: Sendable {
 package struct VolumeLoopStatus: Sendable {
     let state: GateState
     let since: Int64
+    let health: HealthState
+    /// Seconds since 1970 when that was entered.
+    let healthSince: Int64
     let connections: Int
     let counters: VolumeCounters
     package let inFlight: Int

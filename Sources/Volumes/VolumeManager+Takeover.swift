@@ -114,17 +114,10 @@ extension VolumeManager {
     private func serveAgain(
         _ pool: any VolumePool, _ document: MappingDocument, _ options: MapOptions
     ) async throws(BackendError) -> Volume {
-        let deadline = Deadline(seconds: 30)
-        while true {
-            do throws(BackendError) {
-                return try await serve(
-                    pool, document.volume, options, VolumeSettings(document), document.name
-                ) { [weak self] event in self?.handle(event, document.pool, document.volume) }
-            } catch {
-                guard error.code == EBUSY, !deadline.passed else { throw error }
-                await blocking.run { _ = usleep(50_000) }
-            }
-        }
+        let bringUp = BringUp(.takeover, now: monotonicNanoseconds())
+        return try await serve(
+            pool, document.volume, options, VolumeSettings(document), bringUp, document.name
+        ) { [weak self] event in self?.handle(event, document.pool, document.volume) }
     }
 
     /// Devices this state folder made and knows nothing of any more.

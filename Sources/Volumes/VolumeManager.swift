@@ -30,6 +30,19 @@ package struct MapOptions: Sendable {
     }
 }
 
+/// How long things may take.
+package struct VolumeTiming: Sendable {
+    /// Milliseconds from which on a request counts as slow.
+    package var slowIO: UInt64
+    /// Seconds a volume has to become ready when it is mapped.
+    package var open: UInt64
+
+    package init(slowIO: UInt64 = 2000, open: UInt64 = 180) {
+        self.slowIO = slowIO
+        self.open = open
+    }
+}
+
 /// Maps, unmaps and shows the volumes of this host. Call from any task; what concerns one volume is done one after the
 /// other, different volumes side by side.
 package final class VolumeManager: Sendable {
@@ -64,6 +77,7 @@ package final class VolumeManager: Sendable {
     private let tcpListen: (host: String, port: UInt16)?
     private let maximumConnections: Int
     let deviceSettings: DeviceSettings
+    let timing: VolumeTiming
     let logger: Logger
     let blocking: BlockingThread
     /// For what copies data, and may take minutes.
@@ -81,12 +95,13 @@ package final class VolumeManager: Sendable {
     ///   - statePath: the folder for what must survive the daemon; nil keeps nothing.
     package init(
         nbdSocketPath: String, tcpListen: (host: String, port: UInt16)?, maximumConnections: Int,
-        deviceSettings: DeviceSettings, statePath: String?, logger: Logger
+        deviceSettings: DeviceSettings, timing: VolumeTiming = VolumeTiming(), statePath: String?, logger: Logger
     ) throws(BackendError) {
         self.nbdSocketPath = nbdSocketPath
         self.tcpListen = tcpListen
         self.maximumConnections = maximumConnections
         self.deviceSettings = deviceSettings
+        self.timing = timing
         if let statePath { store = try MappingStore(path: statePath) } else { store = nil }
         self.logger = logger
         registry = ExportRegistry(logger: logger)
@@ -189,6 +204,7 @@ package final class VolumeManager: Sendable {
         Task {
             do throws(BackendError) { try await replaceLostConnections(pool: pool, volume: volume) } catch {
                 logger.error("not connected again: \(error.message)", metadata: ["volume": "\(pool)/\(volume)"])
+                mapping("\(pool)/\(volume)")?.volume.giveUpConnecting()
             }
         }
     }
@@ -262,7 +278,8 @@ package final class VolumeManager: Sendable {
         }
         defer { unreserve(deviceID) }
         let settings = VolumeSettings(limits: options.limits)
-        let volume = try await serve(pool, volume, options, settings, name, report: report)
+        let bringUp = BringUp(.map(limit: timing.open), now: monotonicNanoseconds())
+        let volume = try await serve(pool, volume, options, settings, bringUp, name, report: report)
         var identifier: DeviceIdentifier?
         if case .device = options.target { identifier = store?.newIdentifier(deviceID, name) }
         do throws(BackendError) {
@@ -282,24 +299,54 @@ package final class VolumeManager: Sendable {
         }
     }
 
-    /// Opens the volume and starts its loop.
+    /// Brings the volume up: opens it, as often as that promises something, looks whether it can be served, and starts
+    /// its loop.
     func serve(
-        _ pool: any VolumePool, _ volume: String, _ options: MapOptions, _ settings: VolumeSettings, _ name: String,
-        report: @escaping @Sendable (SessionEvent) -> Void
+        _ pool: any VolumePool, _ volume: String, _ options: MapOptions, _ settings: VolumeSettings,
+        _ bringUp: BringUp, _ name: String, report: @escaping @Sendable (SessionEvent) -> Void
     ) async throws(BackendError) -> Volume {
-        let opened = try await blocking.run { () throws(BackendError) in
-            try pool.open(volume: volume, readOnly: options.readOnly)
-        }
+        let opened = try await open(pool, volume, options, bringUp, name)
         var volumeLogger = logger
         volumeLogger[metadataKey: "volume"] = "\(name)"
         do throws(BackendError) {
+            try BringUp.check(opened.record, isProtected: opened.readOnly, readOnly: options.readOnly, name: name)
             return try await Volume.start(
-                name: name, opened: opened, settings: settings, maximumSessions: maximumConnections,
-                logger: volumeLogger, report: report)
+                name: name, opened: opened, settings: settings, slowIO: timing.slowIO,
+                maximumSessions: maximumConnections, logger: volumeLogger, report: report)
         } catch {
             await blocking.run { opened.close() }
             throw error
         }
+    }
+
+    private func open(
+        _ pool: any VolumePool, _ volume: String, _ options: MapOptions, _ bringUp: BringUp, _ name: String
+    ) async throws(BackendError) -> any OpenVolume {
+        var isFirst = true
+        while true {
+            do throws(BackendError) {
+                return try await blocking.run { () throws(BackendError) in
+                    try pool.open(volume: volume, readOnly: options.readOnly)
+                }
+            } catch {
+                let pause: UInt64
+                switch bringUp.decide(error, now: monotonicNanoseconds()) {
+                case .giveUp(let reason): throw reason
+                case .again(let time): pause = time
+                }
+                guard !state.withLock({ $0.stopping }) else { throw error }
+                if isFirst {
+                    logger.notice("not ready yet, tried again: \(error.message)", metadata: ["volume": "\(name)"])
+                }
+                isFirst = false
+                await wait(nanoseconds: pause)
+            }
+        }
+    }
+
+    private func wait(nanoseconds: UInt64) async {
+        // Only cancellation ends it early, and nobody cancels this.
+        do { try await Task.sleep(nanoseconds: nanoseconds) } catch {}
     }
 
     func add(_ mapping: Mapping) async -> MappedVolume {
@@ -416,7 +463,8 @@ package final class VolumeManager: Sendable {
             protocolName: mapping.volume.opened.protocolName,
             uri: "nbd+unix:///\(mapping.volume.name)?socket=\(Self.encoded(nbdSocketPath))",
             limits: mapping.settings.limits, state: status?.state ?? .normal,
-            since: status?.since ?? 0, connections: status?.connections ?? 0)
+            health: status?.health ?? .failed, healthSince: status?.healthSince ?? 0, since: status?.since ?? 0,
+            connections: status?.connections ?? 0)
     }
 
     /// Percent-encoded for the query of a URI (RFC 3986, 3.4).

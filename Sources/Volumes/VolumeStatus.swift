@@ -13,6 +13,8 @@ package struct VolumeCounters: Sendable, Equatable {
     package var bytesWritten: UInt64 = 0
     /// Requests answered with an error.
     package var errors: UInt64 = 0
+    /// Requests that took too long.
+    package var slow: UInt64 = 0
 }
 
 /// A mapping, as the list shows it.
@@ -31,6 +33,9 @@ package struct MappedVolume: Sendable {
     package let uri: String
     package let limits: ThrottleLimits
     package let state: GateState
+    package let health: HealthState
+    /// Seconds since 1970 when that was entered.
+    package let healthSince: Int64
     /// Seconds since 1970 when the state was entered.
     package let since: Int64
     /// NBD clients connected.

@@ -168,6 +168,8 @@ struct List: VerbCommand {
             read_bps write_bps read_iops write_iops. The device is - for a volume that is only exported.
             """)
 
+    @Flag(help: "Two more fields: state, and health.")
+    var long = false
     @OptionGroup var config: ConfigOption
     @OptionGroup var common: CommonOptions
 
@@ -175,7 +177,7 @@ struct List: VerbCommand {
         // The documented usage has -c; every volume is listed, whichever file it was mapped with.
         _ = try config.explicitPath(for: .list)
         let answer = try await common.ask(ListRequest())
-        try Output.answer(.list, answer.mappings, asJSON: common.json) { MappingTable.text($0) }
+        try Output.answer(.list, answer.mappings, asJSON: common.json) { MappingTable.text($0, long: long) }
     }
 }
 

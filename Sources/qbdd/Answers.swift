@@ -24,6 +24,8 @@ extension MappingRecord {
         self.init(
             deviceID: mapped.deviceID, id: mapped.record.id, device: mapped.device ?? "-", volume: mapped.name,
             config: mapped.configPath, limits: Limits(mapped.limits), state: mapped.state.rawValue, since: mapped.since,
+            health: mapped.health.rawValue,
+            healthSince: mapped.healthSince,
             size: mapped.record.size, blockSize: mapped.record.blockSize, transport: mapped.protocolName,
             readOnly: mapped.readOnly, uri: mapped.uri, connections: mapped.connections)
     }
@@ -67,7 +69,7 @@ extension MappingStatus {
             counters: .init(
                 reads: counters.reads, writes: counters.writes, flushes: counters.flushes,
                 trims: counters.trims + counters.writeZeroes, readBytes: counters.bytesRead,
-                writtenBytes: counters.bytesWritten, errors: counters.errors,
+                writtenBytes: counters.bytesWritten, errors: counters.errors, slow: counters.slow,
                 inFlight: UInt64(max(status.inFlight, 0))),
             heldBack: .init(
                 requests: UInt64(status.heldBack.count), oldest: status.heldBack.oldest,

@@ -48,7 +48,8 @@ enum Daemon {
                 nbdSocketPath: options.nbdSocketPath,
                 tcpListen: configuration.nbd.listen.map { (host: $0.host, port: $0.port) },
                 maximumConnections: configuration.nbd.maxConnections,
-                deviceSettings: DeviceSettings(configuration.nbd), statePath: options.statePath, logger: logger)
+                deviceSettings: DeviceSettings(configuration.nbd), timing: VolumeTiming(configuration.client),
+                statePath: options.statePath, logger: logger)
             do throws(BackendError) {
                 try await manager.start()
             } catch {

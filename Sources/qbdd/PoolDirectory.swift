@@ -113,6 +113,12 @@ private struct FileVersion: Equatable {
     }
 }
 
+extension VolumeTiming {
+    init(_ client: DaemonConfiguration.Client) {
+        self.init(slowIO: UInt64(client.slowIO), open: UInt64(client.openVolumeTimeout.components.seconds))
+    }
+}
+
 extension DeviceSettings {
     init(_ nbd: DaemonConfiguration.NBD) {
         self.init(connections: nbd.connections, reattachTimeout: UInt64(nbd.reattachTimeout.components.seconds))

@@ -70,7 +70,8 @@ final class FakeService: ControlService {
         return MappingStatus(
             mapping: .example,
             counters: .init(
-                reads: 1, writes: 2, flushes: 3, trims: 4, readBytes: 5, writtenBytes: .max, errors: 7, inFlight: 8),
+                reads: 1, writes: 2, flushes: 3, trims: 4, readBytes: 5, writtenBytes: .max, errors: 7, slow: 9,
+                inFlight: 8),
             heldBack: .init(requests: 9, oldest: 10, by: "throttle"),
             latency: .init(reads: none, writes: none, flushes: none))
     }

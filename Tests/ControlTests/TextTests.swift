@@ -50,7 +50,8 @@ struct TextTests {
         let status = MappingStatus(
             mapping: mapping,
             counters: .init(
-                reads: 10, writes: 0, flushes: 0, trims: 0, readBytes: 40961, writtenBytes: 0, errors: 0, inFlight: 2),
+                reads: 10, writes: 0, flushes: 0, trims: 0, readBytes: 40961, writtenBytes: 0, errors: 0, slow: 0,
+                inFlight: 2),
             heldBack: .init(requests: 0, oldest: 0),
             latency: .init(reads: some, writes: none, flushes: none))
         #expect(
@@ -65,6 +66,7 @@ struct TextTests {
                 access:        read-write
                 config:        /etc/neonsan/qbd.conf
                 state:         normal since 2023-11-14T22:13:20Z
+                health:        idle since 2023-11-14T22:13:20Z
                 connections:   1
                 limits:        none
                 reads:         10, 40.00 KiB (40961 B)
@@ -72,6 +74,7 @@ struct TextTests {
                 flushes:       0
                 trims:         0
                 errors:        0
+                slow:          0
                 in flight:     2
                 held back:     0
                 read latency:  p50 12.3 us, p90 50.0 us, p99 100.0 us, p99.9 1235 us, max 2000 us
@@ -87,7 +90,8 @@ struct TextTests {
         var status = MappingStatus(
             mapping: mapping,
             counters: .init(
-                reads: 0, writes: 0, flushes: 0, trims: 0, readBytes: 0, writtenBytes: 0, errors: 0, inFlight: 3),
+                reads: 0, writes: 0, flushes: 0, trims: 0, readBytes: 0, writtenBytes: 0, errors: 0, slow: 0,
+                inFlight: 3),
             heldBack: .init(requests: 3, oldest: 61_290, by: "suspended"),
             latency: .init(reads: none, writes: none, flushes: none))
         #expect(StatusText.text(status).contains("held back:     3, the oldest for 61.2 s: the volume is suspended\n"))
@@ -106,7 +110,7 @@ struct TextTests {
         #expect(
             try ControlJSON.compact([mapping]) == """
                 [{"block_size":512,"burst_ms":100,"config":"/etc/neonsan/qbd.conf","connections":1,"dev_id":0,"device":"qbd0",\
-                "protocol":"local","read_bps":0,"read_iops":0,"read_only":false,"since":1700000000,"size":1073741824,\
+                "health":"idle","health_since":1700000000,"protocol":"local","read_bps":0,"read_iops":0,"read_only":false,"since":1700000000,"size":1073741824,\
                 "state":"normal","uri":"nbd+unix:///csi/foo1?socket=/run/qbd/nbd.sock","vol_id":"0x3ff7000000",\
                 "volume":"csi/foo1","write_bps":0,"write_iops":0}]
                 """)
@@ -122,6 +126,7 @@ struct TextTests {
 extension MappingRecord {
     static let example = MappingRecord(
         deviceID: 0, id: 0x3f_f700_0000, device: "qbd0", volume: "csi/foo1", config: "/etc/neonsan/qbd.conf",
-        limits: .none, state: "normal", since: 1_700_000_000, size: 1 << 30, blockSize: 512, transport: "local",
+        limits: .none, state: "normal", since: 1_700_000_000,
+        health: "idle", healthSince: 1_700_000_000, size: 1 << 30, blockSize: 512, transport: "local",
         readOnly: false, uri: "nbd+unix:///csi/foo1?socket=/run/qbd/nbd.sock", connections: 1)
 }

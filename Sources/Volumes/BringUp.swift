@@ -1,0 +1,79 @@
+import Backend
+import Glibc
+
+/// What makes a volume that is being mapped wait, and what ends the attempt. Opening it is a sequence: its pool is
+/// reached, the volume found and ready, its size sensible, and its store lets write what is to be written. Whatever
+/// fails, the answer's errno says whether time will help.
+package struct BringUp: Sendable {
+    package enum Decision: Sendable {
+        /// Try again after so many nanoseconds.
+        case again(UInt64)
+        case giveUp(BackendError)
+    }
+
+    /// Who waits for it.
+    package enum Occasion: Sendable {
+        /// An administrator; `limit` in seconds.
+        case map(limit: UInt64)
+        /// A daemon that takes over what another one had, which may still be ending and hold its lock.
+        case takeover
+    }
+
+    /// Seconds a daemon that ends may hold its locks.
+    private static let lockLimit: UInt64 = 30
+    private static let pause: UInt64 = 1_000_000_000
+    private static let lockPause: UInt64 = 50_000_000
+
+    private let occasion: Occasion
+    private let began: UInt64
+
+    /// - Parameter now: nanoseconds of any clock that never goes back; later calls use the same.
+    package init(_ occasion: Occasion, now: UInt64) {
+        self.occasion = occasion
+        began = now
+    }
+
+    /// Whether the store will be ready by itself. Everything else needs a person, who is told at once.
+    package static func isBecomingReady(_ code: Int32) -> Bool {
+        switch code {
+        case EAGAIN, EINPROGRESS, EALREADY, ETIMEDOUT, ECONNREFUSED, ECONNRESET, ECONNABORTED, EHOSTUNREACH, EHOSTDOWN,
+            ENETUNREACH, ENETDOWN:
+            true
+        default: false
+        }
+    }
+
+    /// What to do about an error of the open.
+    package func decide(_ error: BackendError, now: UInt64) -> Decision {
+        let passed = now > began ? now - began : 0
+        switch occasion {
+        case .takeover where error.code == EBUSY || Self.isBecomingReady(error.code):
+            guard passed < Self.lockLimit * 1_000_000_000 else { return .giveUp(error) }
+            return .again(error.code == EBUSY ? Self.lockPause : Self.pause)
+        case .map(let limit) where Self.isBecomingReady(error.code):
+            guard passed + Self.pause <= limit * 1_000_000_000 else {
+                return .giveUp(
+                    BackendError(code: ETIMEDOUT, message: "\(error.message), and was not ready within \(limit) s"))
+            }
+            return .again(Self.pause)
+        default: return .giveUp(error)
+        }
+    }
+
+    /// What an opened volume must be to be served.
+    /// - Parameter readOnly: writes will be refused anyway.
+    package static func check(_ record: VolumeRecord, isProtected: Bool, readOnly: Bool, name: String)
+        throws(BackendError)
+    {
+        guard record.size > 0, record.blockSize > 0, record.size % UInt64(record.blockSize) == 0 else {
+            throw BackendError(
+                code: EIO,
+                message: "\(name) has \(record.size) bytes at its store, which is no multiple of its blocks of"
+                    + " \(record.blockSize) bytes; it cannot be served")
+        }
+        guard readOnly || !isProtected else {
+            throw BackendError(
+                code: EROFS, message: "\(name) is write-protected at its store; map it with --read-only")
+        }
+    }
+}
