@@ -29,11 +29,11 @@ FORMATTED := Package.swift Sources Tests Fuzz
 # What is needed, for scripts/need.sh. A target asks for all of it at its start, so that apt runs once.
 BUILDING := swift git liburing-dev gcc:cc libc6-dev libstdc++-12-dev
 CLIENTS := libnbd-bin:nbdcopy python3 python3-libnbd nbdkit:nbdkit qemu-utils:qemu-io fio:fio
-MACHINE := qemu-system-x86 busybox-static cpio kmod nbd-client dmsetup e2fsprogs xfsprogs fdisk
+MACHINE := qemu-system-x86 busybox-static cpio kmod nbd-client dmsetup e2fsprogs xfsprogs fdisk systemd binutils:strip
 NEED_BUILD := scripts/need.sh "build qbd" $(BUILDING)
 NEED_DEMO := scripts/need.sh "run the demo" $(BUILDING) libnbd-bin:nbdcopy
 NEED_BENCH := scripts/need.sh "measure beside the peers" $(BUILDING) $(CLIENTS)
-NEED_TESTS := scripts/need.sh "run all tests" $(BUILDING) $(CLIENTS) python3-pytest mandoc:mandoc zsh:zsh systemd $(MACHINE)
+NEED_TESTS := scripts/need.sh "run all tests" $(BUILDING) $(CLIENTS) python3-pytest mandoc:mandoc zsh:zsh $(MACHINE)
 NEED_VM := scripts/need.sh "run a virtual machine" $(BUILDING) $(CLIENTS) python3-pytest $(MACHINE)
 
 .PHONY: help

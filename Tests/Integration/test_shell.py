@@ -35,7 +35,8 @@ def test_what_make_install_installs(installed):
         "usr/share/zsh/site-functions/_qbd", "usr/share/man/man8/qbd.8", "usr/share/man/man8/qbdd.8",
         "usr/share/man/man5/qbd.conf.5", "usr/share/man/man5/map.conf.5", "usr/share/man/man7/qbd-boot.7",
         "usr/share/man/man7/qbd-device.7", "etc/neonsan/qbd.conf", "etc/neonsan/map.conf",
-        "usr/lib/qbd/unmap-at-shutdown", "etc/systemd/system/qbdd.service", "etc/systemd/system/qbd-map.service", "etc/udev/rules.d/60-qbd.rules",
+        "etc/systemd/system/qbdd.service", "etc/systemd/system/qbd-map.service", "etc/udev/rules.d/60-qbd.rules",
+        "usr/lib/qbd/unmap-at-shutdown",
     }  # fmt: skip
     assert all("/usr/local" not in unit.read_text() for unit in (installed / "etc/systemd/system").iterdir())
 

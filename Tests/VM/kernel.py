@@ -64,6 +64,16 @@ def find(cache):
     return Kernel(root)
 
 
+def find_udev(cache):
+    """Where Debian's package udev is unpacked, or None when it is installed: a host without devices has none."""
+    if os.path.exists("/lib/systemd/systemd-udevd"):
+        return None
+    root = cache / "udev"
+    if not root.is_dir():
+        _unpack("udev", cache, root)
+    return root
+
+
 def _download(cache, root):
     """Unpacks the package that linux-image-amd64 stands for. Installing it would build an initrd, and call grub."""
     depends = _run("apt-cache", "depends", "--no-recommends", "linux-image-amd64")
@@ -71,11 +81,16 @@ def _download(cache, root):
     if not found:
         raise Unable("apt knows no package linux-image-amd64: run apt-get update, or set QBD_VM_KERNEL to a directory\n"
                      "that has boot/vmlinuz-VERSION and lib/modules/VERSION")  # fmt: skip
-    print(f"downloading {found[1]} for the VM", flush=True)
-    partial = cache / "kernel.partial"
+    _unpack(found[1], cache, root)
+
+
+def _unpack(name, cache, root):
+    """Downloads a Debian package and unpacks it into `root`."""
+    print(f"downloading {name} for the VM", flush=True)
+    partial = cache / f"{root.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _run("apt-get", "-q", "download", found[1], cwd=partial)
+    _run("apt-get", "-q", "download", name, cwd=partial)
     package = next(partial.glob("*.deb"))
     _run("dpkg", "-x", package, partial)
     package.unlink()

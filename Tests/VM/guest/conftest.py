@@ -27,6 +27,14 @@ def pytest_sessionstart(session):
         raise pytest.UsageError("these tests are for the VM: Tests/VM/run")
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what belongs to another boot of this disk."""
+    number = int(os.environ.get("QBD_VM_BOOT", "0"))
+    other = [item for item in items if getattr(item.get_closest_marker("boot"), "args", (0,))[0] != number]
+    config.hook.pytest_deselected(items=other)
+    items[:] = [item for item in items if item not in other]
+
+
 def pytest_terminal_summary(terminalreporter):
     for line in report_lines:
         terminalreporter.write_line(line)

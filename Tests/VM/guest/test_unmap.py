@@ -57,8 +57,8 @@ def test_names_the_swap(daemon):
     daemon.unmap("disk/a")
 
 
-def test_shutdown_waits_for_what_is_mounted(daemon, processes):
-    """What qbdd.service runs before it stops the daemon."""
+def test_shutdown_unmounts_and_unmaps(daemon, processes):
+    """What qbdd.service runs before it stops the daemon: it waits for who uses a file system, and unmounts it then."""
     programs = daemon.directory / "programs"
     programs.mkdir()
     (programs / "qbd").write_text(f'#!/bin/sh\nQBD_SOCKET={daemon.socket} exec {QBD} "$@"\n')
@@ -79,12 +79,13 @@ def test_shutdown_waits_for_what_is_mounted(daemon, processes):
         sh(script)
         assert daemon.mapped() == {"disk/a", "disk/b"}
         system_is("stopping")
-        result = run([script, "1"], timeout=60)
-        assert result.status == 1 and str(path) in result.err, str(result)
-        assert daemon.mapped() == {"disk/a"}
-        stopping = processes(script)
-    assert stopping.wait(60) == 0
-    assert names() == set() and daemon.mapped() == set()
+        with open(path / "file", "w"):
+            result = run([script, "1"], timeout=60)
+            assert result.status == 1 and str(path) in result.err, str(result)
+            assert daemon.mapped() == {"disk/a"} and is_mount_point(path)
+            stopping = processes(script)
+        assert stopping.wait(60) == 0
+        assert names() == set() and daemon.mapped() == set() and not is_mount_point(path)
 
 
 def test_force_disconnects_a_mounted_device(daemon):
