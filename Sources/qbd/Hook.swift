@@ -75,6 +75,8 @@ struct Hook: Sendable {
         posix_spawnattr_setpgroup(&attributes, 0)
         posix_spawnattr_setflags(
             &attributes, Int16(POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETPGROUP))
+        // Whoever starts a program with this signal ignored takes the children's statuses from it.
+        signal(SIGCHLD, SIG_DFL)
         umask(0o022)
         let environment = [
             "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "QBD_VOLUME=\(volume)",

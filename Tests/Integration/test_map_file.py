@@ -3,8 +3,8 @@
 import os
 import pathlib
 import re
+import signal
 import threading
-import time
 
 import pytest
 
@@ -374,6 +374,14 @@ def test_a_hook_that_fails_is_reported_and_undoes_nothing(daemon, script, words)
     assert mapped(daemon) == []
     for pid in (daemon.directory / "pids").read_text().split():
         assert not os.path.exists(f"/proc/{pid}")
+
+
+def test_a_hook_that_fails_is_noticed_whatever_signals_qbd_was_started_with(daemon):
+    daemon.create("disk/a", MiB)
+    write_hook(daemon, "disk/a", "exit 3")
+    ignore = lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # noqa: E731
+    result = daemon.qbd("map", "--export", "disk/a", preexec_fn=ignore)
+    assert result.status == 10 and "exit status 3" in result.err, result
 
 
 def test_nothing_that_a_hook_started_outlives_its_time(daemon):
