@@ -127,6 +127,20 @@ def test_a_line_may_name_its_configuration(daemon):
     assert mapped(daemon) == ["disk/a"]
 
 
+def test_a_snapshot_is_listed_like_a_volume(daemon):
+    daemon.create("disk/a", MiB)
+    daemon.qbd("snapshot", "create", "disk/a@s").succeeded()
+    daemon.qbd("map", "--export", "disk/a@s", "--save", "-f", daemon.file).succeeded()
+    daemon.qbd("map", "--export", "disk/a", "--save", "-f", daemon.file).succeeded()
+    assert [line.split()[0] for line in daemon.file.read_text().splitlines()] == ["disk/a@s", "disk/a"]
+    daemon.qbd("unmap-all", "-f", daemon.file).succeeded()
+    assert mapped(daemon) == []
+    daemon.qbd("map-all", "-f", daemon.file).succeeded()
+    assert {one["volume"]: one["read_only"] for one in daemon.json("list")} == {"disk/a@s": True, "disk/a": False}
+    daemon.qbd("unmap", "disk/a@s", "--forget", "-f", daemon.file).succeeded()
+    assert mapped(daemon) == ["disk/a"] and daemon.file.read_text().startswith("disk/a ")
+
+
 def test_unmap_all_goes_backwards(daemon):
     for volume in ("disk/a", "disk/b", "disk/c"):
         daemon.create(volume, MiB)

@@ -13,7 +13,7 @@ from harness import BIN, MiB, QBD, REPOSITORY, SLOWNESS, environment, run
 
 VERBS = [
     "map", "unmap", "remap", "list", "map-all", "unmap-all", "throttle", "suspend", "resume", "info", "resize",
-    "create", "delete", "volumes", "version", "help",
+    "create", "delete", "volumes", "snapshot", "clone", "version", "help",
 ]  # fmt: skip
 
 

@@ -95,6 +95,10 @@ OF_EACH_VERB = [
     case("delete disk/a disk/b", 64, "disk/b"),
     case("volumes disk ram", 64, "ram", "usage: qbd volumes"),
     case("version now", 64, "now"),
+    case("snapshot", 64, "create, delete, rollback or list", "usage: qbd snapshot"),
+    case("snapshot frobnicate disk/a@s", 64, "usage: qbd snapshot"),
+    case("snapshot create", 64, "snapshot", "usage: qbd snapshot"),
+    case("clone disk/a@s", 64, "usage: qbd clone"),
 ]
 
 NAMES = [
@@ -112,6 +116,9 @@ NAMES = [
     case("create ../a -k 1M", 22, "cannot be '..'"),
     case("delete 'disk/*'", 22, "'*'"),
     case("volumes di/sk", 22, "pool name", "'/'"),
+    case("snapshot create disk/a", 22, "is a volume, and this takes a snapshot"),
+    case("snapshot create disk/a@..", 22, "the snapshot name cannot be '..'"),
+    case("delete disk/a@s", 22, "is a snapshot, and this takes a volume"),
     case("map --export disk/" + "v" * 129, 22, "at most 128"),
 ]
 
@@ -151,6 +158,8 @@ THROTTLES = [
 VOLUMES = [
     case("map --export disk/missing", 2, "QBD_IOC_MAP_VOLUME:2", "missing"),
     case("map --export nopool/a", 2, "nopool"),
+    case("map --export disk/a@gone", 2, "gone"),
+    case("clone disk/a@gone disk/b", 2, "gone"),
     case("map disk/m --export --read-only", 17, "disk/m", "mapped"),
     case("unmap disk/a", 25, "QBD_IOC_UNMAP_VOLUME:25", "disk/a", "not mapped"),
     case("unmap disk/missing", 25, "not mapped"),
