@@ -1,12 +1,13 @@
 import Configuration
 import FuzzSupport
 
-/// qbd.conf, and every text that people write by hand: names, sizes, rates. What one part of the program accepts, the
+/// qbd.conf, map.conf, and every text that people write by hand: names, sizes, rates. What one part of the program accepts, the
 /// others must be able to rely on.
 @_cdecl("LLVMFuzzerTestOneInput")
 func fuzzOneInput(_ start: UnsafePointer<UInt8>?, _ count: Int) -> CInt {
     let bytes = Array(UnsafeBufferPointer(start: start, count: count))
     checkFile(bytes)
+    checkList(bytes)
     if count <= 512, let text = String(validating: bytes, as: UTF8.self) {
         checkName(text)
         checkQuantities(text)
@@ -29,12 +30,42 @@ private func checkFile(_ bytes: [UInt8]) {
             }
         }
     } catch {
-        require(error.file == "qbd.conf" && error.systemError == nil)
-        if let line = error.line {
-            require(line >= 1 && line <= bytes.count { $0 == UInt8(ascii: "\n") } + 1)
-        }
-        checkText(error.description)
+        checkFault(error, in: bytes, of: "qbd.conf")
     }
+}
+
+private func checkList(_ bytes: [UInt8]) {
+    do throws(ConfigurationError) {
+        let file = try MapFile(parsing: bytes, file: "map.conf")
+        var last = 0
+        var names: Set<VolumeName> = []
+        for line in file.lines {
+            require(line.number > last)
+            last = line.number
+            switch line.content {
+            case .failure(let error):
+                require(error.line == line.number)
+                checkFault(error, in: bytes, of: "map.conf")
+            case .success(let entry):
+                require(names.insert(entry.name).inserted)
+                // What is written is what was read.
+                let again = try MapFile(parsing: Array(entry.line.utf8), file: "map.conf").lines
+                require(again.count == 1)
+                guard case .success(let same) = again[0].content else { return require(false) }
+                require(same == entry && same.name.transport == entry.name.transport)
+            }
+        }
+    } catch {
+        checkFault(error, in: bytes, of: "map.conf")
+    }
+}
+
+private func checkFault(_ error: ConfigurationError, in bytes: [UInt8], of file: String) {
+    require(error.file == file && error.systemError == nil)
+    if let line = error.line {
+        require(line >= 1 && line <= bytes.count { $0 == UInt8(ascii: "\n") } + 1)
+    }
+    checkText(error.description)
 }
 
 private func checkName(_ text: String) {
