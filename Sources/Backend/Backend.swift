@@ -178,8 +178,6 @@ package protocol SnapshotPool: VolumePool {
     func rollback(volume: String, snapshot: String) throws(BackendError)
     /// Makes a volume that begins with the contents of a snapshot, and shares what neither changes.
     func clone(volume: String, snapshot: String, to new: String) throws(BackendError) -> VolumeRecord
-    /// Whether `tidy` would find something.
-    func needsTidying() throws(BackendError) -> Bool
     /// Merges the files of deleted snapshots into what was made on top of them. Takes as long as copying takes; other
     /// calls go on meanwhile. What belongs to open volumes is left to `OpenVolume.reopen`.
     /// - Parameter stop: asked now and then; true ends it early, to be called again.

@@ -57,7 +57,7 @@ final class LayeredOpenVolume: OpenVolume, @unchecked Sendable {
     var dueChange: StoreChange? { pool.dueChange(self) }
 
     func settle() throws(BackendError) {
-        if !readOnly { try headFile.synchronize() }
+        if !readOnly { try headFile.settle() }
     }
 
     func reopen(after change: StoreChange) throws(BackendError) -> any OpenVolume {
@@ -72,7 +72,10 @@ final class LayeredOpenVolume: OpenVolume, @unchecked Sendable {
                 code: EIO,
                 message: "\(headFile.path) could not be synchronised before; what was not flushed is uncertain")
         }
-        try headFile.synchronize()
+        do throws(BackendError) { try headFile.synchronize() } catch {
+            hasFailed.store(true, ordering: .relaxed)
+            throw error
+        }
         if map.settleFresh() || map.nextSettling(from: 0) != nil {
             do throws(BackendError) {
                 var position = 0

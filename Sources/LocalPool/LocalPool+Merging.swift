@@ -13,12 +13,9 @@ extension LocalPool {
     /// Bytes of a head that may be copied while I/O is held back.
     private static let smallHead: UInt64 = 32 << 20
 
-    package func needsTidying() throws(BackendError) -> Bool {
-        let tree = try self.tree(try Directory(path: path))
-        return tree.layers.keys.contains { tree.onlyChild(of: $0) != nil }
-    }
-
     package func tidy(stop: () -> Bool) throws(BackendError) -> Bool {
+        // A pool that nobody has used yet is left unmade.
+        guard access(path, F_OK) == 0 else { return false }
         var changed = false
         /// Somebody else works on them, or has them open.
         var busy: Set<UInt64> = []

@@ -206,7 +206,7 @@ extension LocalPool: SnapshotPool {
             try volume.writeHeader(isComplete: true)
             return volume.head.id
         case .plain(let volume):
-            try volume.settle()
+            try volume.synchronize()
             let id = newLayerID()
             let layer = Layer(id: id, parent: nil, data: id, isComplete: true)
             let data = LayerFile(descriptor: volume.descriptor, path: "\(path)/\(layer.dataFile)")

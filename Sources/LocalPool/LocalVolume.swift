@@ -10,6 +10,8 @@ final class LocalOpenVolume: OpenVolume {
     private let current: Mutex<VolumeRecord>
     let readOnly: Bool
     let descriptor: Int32
+    /// An fdatasync has failed: no later one may succeed for clients.
+    let hasFailed = Atomic<Bool>(false)
     var record: VolumeRecord { current.withLock { $0 } }
     var protocolName: String { "local" }
 
@@ -35,9 +37,22 @@ final class LocalOpenVolume: OpenVolume {
     }
 
     func settle() throws(BackendError) {
-        do throws(SystemError) {
-            if !readOnly { try retrying("synchronize \(record.volume)") { fdatasync(descriptor) } }
-        } catch { throw BackendError(error) }
+        if !readOnly { try LayerFile(descriptor: descriptor, path: record.volume).settle() }
+    }
+
+    /// Makes everything durable, or never claims again that something is.
+    func synchronize() throws(BackendError) {
+        do throws(BackendError) {
+            guard !hasFailed.load(ordering: .relaxed) else {
+                throw BackendError(
+                    code: EIO,
+                    message: "\(record.volume) could not be synchronised before; what was not flushed is uncertain")
+            }
+            try LayerFile(descriptor: descriptor, path: record.volume).synchronize()
+        } catch {
+            hasFailed.store(true, ordering: .relaxed)
+            throw error
+        }
     }
 
     func reopen(after change: StoreChange) throws(BackendError) -> any OpenVolume {
@@ -76,10 +91,12 @@ final class LocalVolume: Backend, FileCompletion {
         var geometry = Geometry(size: volume.record.size, blockSize: volume.record.blockSize)
         geometry.readOnly = volume.readOnly
         self.geometry = geometry
+        if volume.hasFailed.load(ordering: .relaxed) { flushError = EIO }
         ring = try FileRing(loop: loop, capacity: Self.capacity, completion: self)
     }
 
     func close() {
+        if flushError != 0 { volume.hasFailed.store(true, ordering: .relaxed) }
         ring?.close()
         ring = nil
     }

@@ -132,7 +132,7 @@ extension VolumeManager {
     private func tidyMapped(_ name: String) async throws(BackendError) -> Bool {
         guard let volume = mapping(name)?.volume, !state.withLock({ $0.stopping }) else { return false }
         let opened = volume.opened
-        guard let change = await copying.run({ opened.dueChange }) else { return false }
+        guard let change = await blocking.run({ opened.dueChange }) else { return false }
         try await volume.exchangeStore(change, on: blocking)
         return true
     }

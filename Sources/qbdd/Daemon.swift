@@ -20,6 +20,12 @@ enum Daemon {
                 throw BackendError(code: error.code, message: error.message)
             }
         }
+        // What an earlier daemon did not get done.
+        for name in configuration.pools.keys.sorted() {
+            do throws(ControlError) { manager.tidy(try await pools.pool(name, options.configPath)) } catch {
+                logger.error("\(error.message)")
+            }
+        }
         let server: ControlServer
         do throws(ControlError) {
             server = try await ControlServer(

@@ -169,14 +169,52 @@ def test_file_system_on_the_device_survives_power_cuts(daemon, report):
     report(f"power cuts over the device: {POINTS} points of {log.count} entries, {flushes} flushes: all clean")
 
 
-@pytest.mark.deadline(300)
-def test_local_pool_survives_power_cuts_of_its_own_disk(new_daemon, report):
+class Snapshots:
+    """Of disk/a, made and deleted while files are written to it; what is in them is known."""
+
+    def __init__(self, daemon):
+        self.daemon = daemon
+        self.digests = {}
+
+    def step(self, number):
+        if number % 5 == 4:
+            name = f"disk/a@s{number}"
+            self.daemon.qbd("snapshot", "create", name).succeeded()
+            mark(name)
+            self.digests[name] = self.digest(self.daemon, name)
+        if number == 12:
+            mark("deleting")
+            self.daemon.qbd("snapshot", "delete", "disk/a@s4").succeeded()
+
+    @staticmethod
+    def digest(daemon, name):
+        device = daemon.map(name)
+        assert device.attribute("ro") == "1", f"{name} can only be read"
+        digest = sh("sha256sum", device).split()[0]
+        daemon.unmap(name)
+        return digest
+
+    def check(self, daemon, at, point):
+        """Those made before the power cut are there, and hold what they held."""
+        there = {one["snapshot"] for one in daemon.json("snapshot", "list", "disk/a")}
+        for name, digest in self.digests.items():
+            if name == "disk/a@s4" and at["deleting"] < point:
+                continue
+            if at[name] < point:
+                assert name in there, f"{name} should be there"
+                assert self.digest(daemon, name) == digest, f"{name} should hold what it held"
+
+
+@pytest.mark.deadline(400)
+@pytest.mark.parametrize("with_snapshots", [False, True], ids=["plain", "snapshots"])
+def test_local_pool_survives_power_cuts_of_its_own_disk(new_daemon, report, with_snapshots):
     """The same one floor deeper: the disk that the pool's file system is on loses power, the daemon and all."""
     seed = random.randrange(1 << 32)
     choose = random.Random(seed)
     disk = SCRATCH / "pool.disk"
     with open(disk, "wb") as file:
         file.truncate(96 << 20)
+    sh("modprobe", "loop")
     below = sh("losetup", "--find", "--show", disk).strip()
     try:
         with recorded(below, 2 << 30) as (logged, path):
@@ -187,7 +225,14 @@ def test_local_pool_survives_power_cuts_of_its_own_disk(new_daemon, report):
                 sh("mkfs.ext4", "-q", "-E", "nodiscard", "-J", "size=4", device)
                 with mounted(device, "-o", "commit=1") as directory:
                     mark("made")
-                    expected = sync_files(directory, choose, 20, mark)
+                    snapshots = Snapshots(daemon)
+
+                    def on_synced(name):
+                        mark(name)
+                        if with_snapshots:
+                            snapshots.step(int(name.split("-")[1]))
+
+                    expected = sync_files(directory, choose, 20, on_synced)
                 daemon.unmap("disk/a")
                 daemon.terminate()
         log = WriteLog(path)
@@ -209,6 +254,7 @@ def test_local_pool_survives_power_cuts_of_its_own_disk(new_daemon, report):
                         check_files(directory, due)
                     sh("fsck.ext4", "-f", "-n", device)
                     daemon.unmap("disk/a")
+                    snapshots.check(daemon, at, point)
                     daemon.terminate()
             except (AssertionError, OSError) as failure:
                 raise AssertionError(f"seed {seed}, power cut before entry {point} of {log.count}: {failure}") from None
