@@ -51,7 +51,7 @@ need-tests:
 # Building
 
 .PHONY: build
-build: ## Build qbd and qbdd, optimised, into .build/release
+build: ## Build qbd, qbdd and qbd-store, optimised, into .build/release
 	@$(NEED_BUILD)
 	swift build -c release
 
@@ -63,9 +63,10 @@ build-tests:
 .PHONY: install
 install: ## Install programs, man pages, completions, units and configuration (DESTDIR, PREFIX, SYSCONFDIR)
 	@scripts/need.sh "install qbd" binutils:strip
-	@test -x $(BIN)/qbd -a -x $(BIN)/qbdd || { echo "make install: nothing is built yet; run 'make build' first" >&2; exit 1; }
+	@test -x $(BIN)/qbd -a -x $(BIN)/qbdd -a -x $(BIN)/qbd-store || { echo "make install: nothing is built yet; run 'make build' first" >&2; exit 1; }
 	install -D -m 0755 -s $(BIN)/qbd $(DESTDIR)$(PREFIX)/bin/qbd
 	install -D -m 0755 -s $(BIN)/qbdd $(DESTDIR)$(PREFIX)/sbin/qbdd
+	install -D -m 0755 -s $(BIN)/qbd-store $(DESTDIR)$(PREFIX)/sbin/qbd-store
 	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/share/man/man8 man/*.8
 	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/share/man/man5 man/*.5
 	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/share/man/man7 man/*.7

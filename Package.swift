@@ -22,6 +22,7 @@ let package = Package(
     products: [
         .executable(name: "qbd", targets: ["qbd"]),
         .executable(name: "qbdd", targets: ["qbdd"]),
+        .executable(name: "qbd-store", targets: ["qbd-store"]),
     ],
     dependencies: [
         .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.0"),
@@ -39,11 +40,32 @@ let package = Package(
         .executableTarget(
             name: "qbdd",
             dependencies: [
-                "Control", "Volumes", "Backend", "LocalPool", "NBD", "EventLoop", "Configuration", "CLinux",
+                "Service", "Control", "Volumes", "Backend", "LocalPool", "NBD", "EventLoop", "Configuration", "CLinux",
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
                 .product(name: "Logging", package: "swift-log"),
             ],
             linkerSettings: staticRuntime),
+        .executableTarget(
+            name: "qbd-store",
+            dependencies: [
+                "Service", "StoreServer", "PureFlash", "Backend", "Configuration", "Control",
+                .product(name: "ArgumentParser", package: "swift-argument-parser"),
+                .product(name: "Logging", package: "swift-log"),
+            ],
+            linkerSettings: staticRuntime),
+        .target(
+            name: "Service",
+            dependencies: ["EventLoop", .product(name: "Logging", package: "swift-log")]),
+        .target(
+            name: "StoreServer",
+            dependencies: [
+                "PureFlash", "LocalPool", "Backend", "NBD", "EventLoop", "Configuration", "CLinux",
+                .product(name: "NIOCore", package: "swift-nio"),
+                .product(name: "NIOPosix", package: "swift-nio"),
+                .product(name: "NIOHTTP1", package: "swift-nio"),
+                .product(name: "Logging", package: "swift-log"),
+            ],
+            swiftSettings: dataPath),
         .target(
             name: "Control",
             dependencies: [

@@ -3,6 +3,7 @@ import Configuration
 import Control
 import Glibc
 import Logging
+import Service
 import Volumes
 
 /// The daemon's life, from its first socket to its last.

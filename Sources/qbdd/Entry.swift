@@ -3,6 +3,7 @@ import Control
 import Glibc
 import Logging
 import NBD
+import Service
 
 /// The daemon: reads its options, then runs until it is told to stop, or until its one client has gone.
 @main
@@ -19,7 +20,7 @@ enum Entry {
         } catch {
             exit(complain(error))
         }
-        let log = StandardErrorLog(level: options.logLevel)
+        let log = StandardErrorLog(program: "qbdd", level: options.logLevel)
         LoggingSystem.bootstrap { _ in log }
         // Before any other thread: they take over what the first one has.
         if options.serve == nil {

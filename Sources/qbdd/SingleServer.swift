@@ -4,6 +4,7 @@ import Control
 import EventLoop
 import Glibc
 import Logging
+import Service
 import Volumes
 
 /// `--serve`: one volume on a socket that another process made, for clients that start their server themselves.

@@ -31,7 +31,7 @@ def installed(tmp_path_factory):
 def test_what_make_install_installs(installed):
     files = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
     assert files >= {
-        "usr/bin/qbd", "usr/sbin/qbdd", "usr/share/bash-completion/completions/qbd",
+        "usr/bin/qbd", "usr/sbin/qbdd", "usr/sbin/qbd-store", "usr/share/man/man8/qbd-store.8", "usr/share/bash-completion/completions/qbd",
         "usr/share/zsh/site-functions/_qbd", "usr/share/man/man8/qbd.8", "usr/share/man/man8/qbdd.8",
         "usr/share/man/man5/qbd.conf.5", "usr/share/man/man5/map.conf.5", "usr/share/man/man7/qbd-boot.7",
         "usr/share/man/man7/qbd-device.7", "etc/neonsan/qbd.conf", "etc/neonsan/map.conf",

@@ -3,9 +3,9 @@ import Glibc
 import Logging
 
 /// What systemd wants to know, by the protocol of sd_notify(3): one datagram to the socket named in NOTIFY_SOCKET.
-enum Readiness {
+package enum Readiness {
     /// Does nothing when nobody asked.
-    static func tell(_ state: String, _ logger: Logger) {
+    package static func tell(_ state: String, _ logger: Logger) {
         guard let name = getenv("NOTIFY_SOCKET").map({ String(cString: $0) }), !name.isEmpty else { return }
         var address = sockaddr_un()
         address.sun_family = sa_family_t(AF_UNIX)

@@ -3,24 +3,29 @@ import Logging
 
 /// One line an event on stderr: `2026-11-21T01:02:03.456Z INFO qbdd: mapped volume=pool/volume`; under systemd, which
 /// knows the time, `<6>mapped volume=pool/volume`, with the priority of sd-daemon(3) in front.
-struct StandardErrorLog: LogHandler {
-    var metadata: Logger.Metadata = [:]
-    var metadataProvider: Logger.MetadataProvider?
-    var logLevel: Logger.Level
+package struct StandardErrorLog: LogHandler {
+    package var metadata: Logger.Metadata = [:]
+    package var metadataProvider: Logger.MetadataProvider?
+    package var logLevel: Logger.Level
+    private let program: String
     private let isJournal: Bool
 
-    init(level: Logger.Level) {
+    /// - Parameter program: the name at the front of each line.
+    package init(program: String, level: Logger.Level) {
+        self.program = program
         logLevel = level
         isJournal = Self.isJournalAtStandardError
     }
 
-    subscript(metadataKey key: String) -> Logger.Metadata.Value? {
+    package subscript(metadataKey key: String) -> Logger.Metadata.Value? {
         get { metadata[key] }
         set { metadata[key] = newValue }
     }
 
-    func log(event: LogEvent) {
-        var line = isJournal ? "<\(event.level.priority)>" : "\(Self.now) \(event.level.rawValue.uppercased()) qbdd: "
+    package func log(event: LogEvent) {
+        var line =
+            isJournal
+            ? "<\(event.level.priority)>" : "\(Self.now) \(event.level.rawValue.uppercased()) \(program): "
         Self.append(event.message.description, to: &line, quotingBlanks: false)
         var fields = metadata
         if let extra = event.metadata { fields.merge(extra) { $1 } }

@@ -4,7 +4,7 @@ import Glibc
 ///
 /// The first one is an answer to `first`; the second ends the process at once. SIGHUP does nothing: configurations are
 /// read again by themselves when they change.
-struct Signals: Sendable {
+package struct Signals: Sendable {
     private let stream: AsyncStream<String>
     private let continuation: AsyncStream<String>.Continuation
 
@@ -18,7 +18,7 @@ struct Signals: Sendable {
     }
 
     /// Blocks the signals in this thread and in those it starts. Make it while there is no other.
-    init() {
+    package init() {
         (stream, continuation) = AsyncStream.makeStream(of: String.self)
         var set = Self.set
         pthread_sigmask(SIG_BLOCK, &set, nil)
@@ -28,7 +28,7 @@ struct Signals: Sendable {
 
     /// Takes signals until the process ends. On the main thread, and not in a task: what runs tasks there would let the
     /// signals through.
-    func take() -> Never {
+    package func take() -> Never {
         var isSecond = false
         while true {
             var set = Self.set
@@ -41,7 +41,7 @@ struct Signals: Sendable {
     }
 
     /// Waits for the signal to stop; its name. Call it once.
-    func first() async -> String {
+    package func first() async -> String {
         for await name in stream { return name }
         return "nothing"
     }

@@ -1,0 +1,435 @@
+import Backend
+import Configuration
+import EventLoop
+import Glibc
+import Logging
+import PureFlash
+
+/// Answers what PureFlash's conductor is asked, for the pools of one configuration. Its own pools are the catalogue;
+/// the data of a shard is at the store that serves it. May block.
+actor Conductor {
+    private let executor: ThreadExecutor
+    nonisolated var unownedExecutor: UnownedSerialExecutor { executor.asUnownedSerialExecutor() }
+
+    private let node: StoreNode
+    private let caller: StoreCaller
+    /// By name; a tenant's id is its place in the order of names, from 1.
+    private let pools: [String: StorePool]
+    /// Addresses for the shards of new volumes.
+    private let stores: [String]
+    private let faults: Faults?
+    private let logger: Logger
+    private var turns = Turns()
+
+    init(
+        executor: ThreadExecutor, node: StoreNode, caller: StoreCaller, pools: [String: StorePool], stores: [String],
+        faults: Faults?, logger: Logger
+    ) {
+        self.executor = executor
+        self.node = node
+        self.caller = caller
+        self.pools = pools
+        self.stores = stores
+        self.faults = faults
+        self.logger = logger
+    }
+
+    /// The body of an answer, whatever the question. Questions about one volume are answered one after the other.
+    func answer(_ query: HTTPQuery) async -> String {
+        let key = query.parameters["volume_name"].map { "\(Self.tenant(query))/\($0)" } ?? ""
+        let answer = Answer<String>()
+        let before = key.isEmpty ? nil : turns.before(key)
+        let task = Task {
+            await before?.value
+            do throws(RefusedRequest) { answer.set(try await self.perform(query)) } catch {
+                self.logger.info("\(query.operation) refused: \(error)")
+                answer.set(
+                    StoreJSON.encode(
+                        PlainAnswer(op: query.operation + "_reply", retCode: error.code.rawValue, reason: error.reason))
+                )
+            }
+        }
+        if !key.isEmpty { turns.set(key, task) }
+        await task.value
+        turns.ended(key, task)
+        return answer.take { "" }
+    }
+
+    private func perform(_ query: HTTPQuery) async throws(RefusedRequest) -> String {
+        switch query.operation {
+        case "open_volume": return StoreJSON.encode(try await open(query))
+        case "create_volume": return StoreJSON.encode(try await create(query))
+        case "delete_volume": try await delete(query)
+        case "update_volume": try await update(query)
+        case "list_volume": return StoreJSON.encode(try list(query))
+        case "create_snapshot": try await createSnapshot(query)
+        case "create_tenant", "delete_tenant": try changeTenant(query)
+        case "list_tenant":
+            return StoreJSON.encode(
+                ListTenantAnswer(tenants: pools.keys.sorted().enumerated().map { .init(id: $0 + 1, name: $1) }))
+        case "list_store":
+            return StoreJSON.encode(
+                ListStoreAnswer(
+                    stores: stores.enumerated().map { .init(id: $0 + 1, mngtIp: $1, status: "OK") }))
+        case "list_disk": return StoreJSON.encode(ListDiskAnswer(disks: try disks()))
+        case "handle_error": return StoreJSON.encode(try handleError(query))
+        case "": throw RefusedRequest(.failed, "the request names no operation; write /s5c/?op=OPERATION")
+        default: throw RefusedRequest(.failed, "the conductor of qbd-store has no operation '\(query.operation)'")
+        }
+        return StoreJSON.encode(PlainAnswer(op: query.operation + "_reply", retCode: 0))
+    }
+
+    // MARK: Parameters
+
+    private static let defaultTenant = "tenant_default"
+
+    private static func tenant(_ query: HTTPQuery) -> String {
+        guard let name = query.parameters["tenant_name"], !name.isEmpty else { return defaultTenant }
+        return name
+    }
+
+    private func pool(_ query: HTTPQuery) throws(RefusedRequest) -> StorePool {
+        let name = Self.tenant(query)
+        guard let pool = pools[name] else {
+            throw RefusedRequest(
+                .invalidArgument,
+                "no tenant '\(name)'; tenants are pools: add a section [pool.\(name)] to the configuration of qbd-store"
+            )
+        }
+        return pool
+    }
+
+    private func volumeName(_ query: HTTPQuery) throws(RefusedRequest) -> String {
+        let name = query.parameters["volume_name"] ?? ""
+        do throws(ConfigurationError) { try VolumeName.validate(component: name, as: "volume_name") } catch {
+            throw RefusedRequest(.invalidArgument, "\(error)")
+        }
+        return name
+    }
+
+    private func number(_ name: String, _ query: HTTPQuery) throws(RefusedRequest) -> UInt64? {
+        guard let text = query.parameters[name], !text.isEmpty else { return nil }
+        guard let value = UInt64(text), value <= UInt64(Int64.max) else {
+            throw RefusedRequest(.invalidArgument, "\(name) is '\(text)', which is no number")
+        }
+        return value
+    }
+
+    private func found(
+        _ pool: StorePool, _ volume: String
+    ) throws(RefusedRequest) -> (record: VolumeRecord, entry: StorePool.Entry) {
+        do throws(BackendError) {
+            let record = try pool.record(volume)
+            return (record, try pool.entry(record, own: node.address))
+        } catch { throw RefusedRequest(error) }
+    }
+
+    // MARK: Orders for stores
+
+    private static func shardCount(_ size: UInt64) -> Int {
+        Int((size + StoreProtocol.shardSize - 1) / StoreProtocol.shardSize)
+    }
+
+    private func order(
+        _ operation: String, _ pool: StorePool, _ volume: String, size: UInt64, _ entry: StorePool.Entry
+    ) -> VolumeOrder {
+        let count = Self.shardCount(size)
+        return VolumeOrder(
+            op: operation, tenantName: pool.name, volumeName: volume, volumeSize: size, volumeId: entry.id,
+            shardCount: count, metaVer: entry.metaVersion, snapSeq: Int64(entry.nextSnapshot),
+            shards: (0..<count).map { index in
+                let store = index % entry.stores.count
+                return VolumeOrder.Shard(
+                    index: index,
+                    replicas: [
+                        VolumeOrder.Replica(
+                            id: entry.id | UInt64(index) << 4, storeId: store + 1, repPorts: entry.stores[store])
+                    ])
+            })
+    }
+
+    private enum Outcome: Sendable {
+        case done
+        case refused(RefusedRequest)
+        case unreachable(String)
+    }
+
+    private func send(_ order: VolumeOrder, to store: String) async -> Outcome {
+        if store == node.address {
+            do throws(RefusedRequest) {
+                try await node.obey(order)
+                return .done
+            } catch { return .refused(error) }
+        }
+        do throws(StoreCaller.Unreachable) {
+            guard let refusal = try await caller.send(order, to: store) else { return .done }
+            return .refused(RefusedRequest(refusal.code, "the store \(store): \(refusal.reason)"))
+        } catch {
+            logger.warning("\(error)")
+            return .unreachable(error.description)
+        }
+    }
+
+    private func send(_ order: VolumeOrder, toEach stores: [String]) async -> [String: Outcome] {
+        await withTaskGroup(of: (String, Outcome).self) { group in
+            for store in Set(stores) { group.addTask { (store, await self.send(order, to: store)) } }
+            var outcomes: [String: Outcome] = [:]
+            for await (store, outcome) in group { outcomes[store] = outcome }
+            return outcomes
+        }
+    }
+
+    /// All of them, or an error.
+    private func require(_ order: VolumeOrder, of stores: [String]) async throws(RefusedRequest) {
+        for (_, outcome) in await send(order, toEach: stores) {
+            switch outcome {
+            case .done: break
+            case .refused(let refusal): throw refusal
+            case .unreachable(let why): throw RefusedRequest(.remote, why)
+            }
+        }
+    }
+
+    // MARK: Volumes
+
+    private func open(_ query: HTTPQuery) async throws(RefusedRequest) -> OpenVolumeAnswer {
+        faults?.count(.opens)
+        let pool = try pool(query)
+        let name = try volumeName(query)
+        let (record, entry) = try found(pool, name)
+        var order = order("prepare_volume", pool, name, size: record.size, entry)
+        var size = record.size
+        var number: Int64 = -1
+        if let wanted = query.parameters["snapshot_name"], !wanted.isEmpty {
+            guard let snapshot = entry.snapshots.first(where: { $0.name == wanted }) else {
+                throw RefusedRequest(.invalidArgument, "no snapshot '\(wanted)' of volume \(pool.name)/\(name)")
+            }
+            (size, number) = (snapshot.size, Int64(snapshot.number))
+            order.snapshotName = snapshot.name
+            order.snapSeq = number
+        }
+        let shardCount = Self.shardCount(size)
+        let outcomes = await send(order, toEach: Array(entry.stores.prefix(shardCount)))
+        var usable: Set<String> = []
+        for (store, outcome) in outcomes {
+            switch outcome {
+            case .done: usable.insert(store)
+            case .refused(let refusal): throw refusal
+            case .unreachable: break
+            }
+        }
+        if faults?.value(.emptyStores) ?? 0 > 0 { usable = [] }
+        return OpenVolumeAnswer(
+            volumeName: name, volumeSize: size, volumeId: entry.id, shardCount: shardCount,
+            metaVer: entry.metaVersion, snapSeq: number,
+            shards: (0..<shardCount).map { index in
+                let store = entry.stores[index % entry.stores.count]
+                let works = usable.contains(store)
+                return .init(index: index, storeIps: works ? store : "", status: works ? "OK" : "ERROR")
+            })
+    }
+
+    private func create(_ query: HTTPQuery) async throws(RefusedRequest) -> CreateVolumeAnswer {
+        let pool = try pool(query)
+        let name = try volumeName(query)
+        guard let size = try number("size", query), size > 0, size % UInt64(StoreProtocol.sector) == 0 else {
+            throw RefusedRequest(.invalidArgument, "size is missing, 0, or not a multiple of 512 bytes")
+        }
+        guard size <= StoreProtocol.maximumVolume else {
+            throw RefusedRequest(.invalidArgument, "size is \(size) bytes; a volume has at most 2^56")
+        }
+        if let copies = try number("rep_cnt", query), copies != 1 {
+            throw RefusedRequest(.invalidArgument, "rep_cnt is \(copies), and qbd-store keeps one copy of a volume")
+        }
+        let record: VolumeRecord
+        do throws(BackendError) {
+            record = try pool.volumes.create(volume: name, size: size, blockSize: StoreProtocol.sector)
+        } catch { throw RefusedRequest(error) }
+        var created: [String] = []
+        do throws(RefusedRequest) {
+            do throws(BackendError) {
+                var entry = try pool.entry(record, own: node.address)
+                // All of them, for when it grows.
+                entry.stores = stores
+                try pool.keep(entry, of: name)
+                let order = order("create_volume", pool, name, size: size, entry)
+                for store in Set(entry.stores) where store != node.address {
+                    switch await send(order, to: store) {
+                    case .done: created.append(store)
+                    case .refused(let refusal): throw BackendError(code: EREMOTEIO, message: refusal.reason)
+                    case .unreachable(let why): throw BackendError(code: EREMOTEIO, message: why)
+                    }
+                }
+                logger.info("created \(pool.name)/\(name), \(size) bytes")
+                return CreateVolumeAnswer(id: entry.id, name: name, size: size)
+            } catch {
+                throw RefusedRequest(error.code == EREMOTEIO ? .remote : RefusedRequest(error).code, error.message)
+            }
+        } catch {
+            await undoCreate(pool, name, record, created)
+            throw error
+        }
+    }
+
+    private func undoCreate(_ pool: StorePool, _ name: String, _ record: VolumeRecord, _ created: [String]) async {
+        do throws(BackendError) {
+            let entry = try pool.entry(record, own: node.address)
+            for (store, outcome) in await send(
+                order("delete_volume", pool, name, size: record.size, entry), toEach: created)
+            {
+                if case .done = outcome { continue }
+                logger.warning("\(pool.name)/\(name) is left over at the store \(store)")
+            }
+            try pool.volumes.delete(volume: name, snapshots: false)
+            try pool.forget(name)
+        } catch {
+            logger.warning("\(pool.name)/\(name) is left over: \(error)")
+        }
+    }
+
+    private func delete(_ query: HTTPQuery) async throws(RefusedRequest) {
+        let pool = try pool(query)
+        let name = try volumeName(query)
+        let (record, entry) = try found(pool, name)
+        // Nothing goes before it is known that nobody uses it anywhere.
+        try await require(order("release_volume", pool, name, size: record.size, entry), of: entry.stores)
+        let others = entry.stores.filter { $0 != node.address }
+        try await require(order("delete_volume", pool, name, size: record.size, entry), of: others)
+        try await require(order("delete_volume", pool, name, size: record.size, entry), of: [node.address])
+        do throws(BackendError) { try pool.forget(name) } catch { throw RefusedRequest(error) }
+        logger.info("deleted \(pool.name)/\(name)")
+    }
+
+    private func update(_ query: HTTPQuery) async throws(RefusedRequest) {
+        let pool = try pool(query)
+        let name = try volumeName(query)
+        let (record, entry) = try found(pool, name)
+        if let new = query.parameters["new_volume_name"], !new.isEmpty, new != name {
+            throw RefusedRequest(.invalidArgument, "qbd-store does not rename volumes")
+        }
+        for limit in ["iops", "bw"] where try number(limit, query) ?? 0 > 0 {
+            throw RefusedRequest(.invalidArgument, "qbd-store does not limit volumes (\(limit)); see qbd throttle")
+        }
+        guard let mebibytes = try number("size", query) else { return }
+        let (size, overflow) = mebibytes.multipliedReportingOverflow(by: 1 << 20)
+        guard !overflow, size <= StoreProtocol.maximumVolume else {
+            throw RefusedRequest(.invalidArgument, "size is \(mebibytes) MiB; a volume has at most 2^56 bytes")
+        }
+        if size == record.size { return }
+        guard size > record.size else {
+            throw RefusedRequest(
+                .invalidArgument,
+                "size is \(mebibytes) MiB and the volume has \(record.size) bytes: a volume can only grow")
+        }
+        let order = order("resize_volume", pool, name, size: size, entry)
+        // Its record here is what counts, and comes last: should one store fail, the old size is true everywhere.
+        try await require(order, of: entry.stores.filter { $0 != node.address })
+        try await require(order, of: [node.address])
+        logger.info("\(pool.name)/\(name) has \(size) bytes now")
+    }
+
+    private func createSnapshot(_ query: HTTPQuery) async throws(RefusedRequest) {
+        let pool = try pool(query)
+        let name = try volumeName(query)
+        let wanted = query.parameters["snapshot_name"] ?? ""
+        do throws(ConfigurationError) { try VolumeName.validate(component: wanted, as: "snapshot_name") } catch {
+            throw RefusedRequest(.invalidArgument, "\(error)")
+        }
+        let (record, known) = try found(pool, name)
+        var entry = known
+        guard !entry.snapshots.contains(where: { $0.name == wanted }) else {
+            throw RefusedRequest(.alreadyDone, "\(pool.name)/\(name)@\(wanted) exists already")
+        }
+        var order = order("create_snapshot", pool, name, size: record.size, entry)
+        let holders = Set(entry.stores.prefix(order.shardCount))
+        guard holders.count == 1 else {
+            throw RefusedRequest(
+                .invalidState,
+                "\(pool.name)/\(name) lies on \(holders.count) stores, which cannot make one snapshot at one moment")
+        }
+        order.snapshotName = wanted
+        try await require(order, of: Array(holders))
+        entry.snapshots.append(.init(name: wanted, number: entry.nextSnapshot, size: record.size))
+        entry.nextSnapshot += 1
+        do throws(BackendError) { try pool.keep(entry, of: name) } catch { throw RefusedRequest(error) }
+        logger.info("made the snapshot \(pool.name)/\(name)@\(wanted)")
+    }
+
+    private func list(_ query: HTTPQuery) throws(RefusedRequest) -> ListVolumeAnswer {
+        let pool = try pool(query)
+        let limit = try number("limit", query).map { Int(clamping: $0) } ?? .max
+        let only = query.parameters["name"] ?? ""
+        let tenant = (pools.keys.sorted().firstIndex(of: pool.name) ?? 0) + 1
+        do throws(BackendError) {
+            var volumes: [ListVolumeAnswer.Volume] = []
+            for record in try pool.volumes.list() where only.isEmpty || record.volume == only {
+                guard volumes.count < limit else { break }
+                let entry = try pool.entry(record, own: node.address)
+                volumes.append(
+                    .init(
+                        id: entry.id, name: record.volume, size: record.size, tenantId: tenant,
+                        exposed: node.volume(entry.id) == nil ? 0 : 1, shardSize: StoreProtocol.shardSize,
+                        metaVer: entry.metaVersion, snapSeq: Int64(entry.nextSnapshot)))
+            }
+            return ListVolumeAnswer(volumes: volumes)
+        } catch { throw RefusedRequest(error) }
+    }
+
+    // MARK: The rest
+
+    private func changeTenant(_ query: HTTPQuery) throws(RefusedRequest) {
+        let name = Self.tenant(query)
+        if query.operation == "create_tenant", pools[name] != nil {
+            throw RefusedRequest(.alreadyDone, "the tenant '\(name)' exists already")
+        }
+        throw RefusedRequest(
+            .invalidState,
+            "tenants of qbd-store are the pools of its configuration; change the section [pool.\(name)] there and start it"
+                + " again")
+    }
+
+    private func disks() throws(RefusedRequest) -> [ListDiskAnswer.Disk] {
+        var disks: [ListDiskAnswer.Disk] = []
+        for (_, pool) in pools.sorted(by: { $0.key < $1.key }) {
+            guard let path = pool.path else { continue }
+            var status = statvfs()
+            guard statvfs(path, &status) == 0 else {
+                // Made with the first volume.
+                if errno == ENOENT { continue }
+                throw RefusedRequest(.failed, "\(path): \(errnoText(errno))")
+            }
+            let unit = UInt64(status.f_frsize)
+            disks.append(
+                .init(
+                    storeId: 1, device: path, totalCapacity: UInt64(status.f_blocks) * unit,
+                    freeSize: UInt64(status.f_bavail) * unit, objectSize: StoreProtocol.objectSize))
+        }
+        return disks
+    }
+
+    private func handleError(_ query: HTTPQuery) throws(RefusedRequest) -> HandleErrorAnswer {
+        guard let replica = try number("rep_id", query) else {
+            throw RefusedRequest(.invalidArgument, "rep_id is missing")
+        }
+        let id = replica & ~(StoreProtocol.volumeIDUnit - 1)
+        do throws(BackendError) {
+            for pool in pools.values {
+                for record in try pool.volumes.list() {
+                    let entry = try pool.entry(record, own: node.address)
+                    if entry.id == id { return HandleErrorAnswer(metaVer: entry.metaVersion) }
+                }
+            }
+        } catch { throw RefusedRequest(error) }
+        throw RefusedRequest(.invalidArgument, "no volume has the replica \(replica)")
+    }
+
+    /// Changes the version of a volume's layout, so that every client's view of it is stale. For a fault switch.
+    func makeStale(tenant: String, volume: String) async throws(RefusedRequest) {
+        let pool = try pool(HTTPQuery(isPost: false, uri: "/?tenant_name=\(tenant)", body: []))
+        let (record, known) = try found(pool, volume)
+        var entry = known
+        entry.metaVersion &+= 1
+        do throws(BackendError) { try pool.keep(entry, of: volume) } catch { throw RefusedRequest(error) }
+        try await require(order("set_meta_ver", pool, volume, size: record.size, entry), of: entry.stores)
+    }
+}

@@ -1,0 +1,207 @@
+import CLinux
+import EventLoop
+import Glibc
+import Logging
+import NBD
+import PureFlash
+
+/// Accepts data connections and takes their handshakes, on a loop of its own. A connection that is not done within its
+/// time is closed; when there are too many, the one that waits longest goes.
+final class DataListener: EventSource, @unchecked Sendable {
+    private static let maximumHandshakes = 512
+    /// Seconds from connecting to a whole handshake.
+    static let handshakeTimeout: UInt64 = 10
+    /// Connections taken in one turn.
+    private static let batch = 64
+
+    let loop: EventLoop
+    private let descriptor: Int32
+    private let volume: @Sendable (UInt64) -> StoreVolume?
+    let faults: Faults?
+    let logger: Logger
+    private var token: EventLoop.Token?
+    private var retry: LoopTimer?
+    /// Oldest first.
+    private var pending: [PendingHandshake] = []
+
+    /// Listens; nobody is accepted before `start`.
+    /// - Parameter volume: the prepared volume of an id; called on the listener's loop.
+    init(
+        host: String, port: UInt16, faults: Faults?, logger: Logger,
+        volume: @escaping @Sendable (UInt64) -> StoreVolume?
+    ) throws(SystemError) {
+        descriptor = try ListeningSocket.tcp(host: host, port: port)
+        do { loop = try EventLoop(name: "store:accept") } catch {
+            Glibc.close(descriptor)
+            throw error
+        }
+        self.volume = volume
+        self.faults = faults
+        self.logger = logger
+    }
+
+    func start() async throws(SystemError) {
+        let failure = await loop.call { [self] () -> SystemError? in
+            retry = LoopTimer(loop: loop) { [unowned self] in listen(to: EPOLLIN.rawValue) }
+            do throws(SystemError) {
+                token = try loop.add(descriptor, events: EPOLLIN.rawValue, source: self)
+                return nil
+            } catch { return error }
+        }
+        if let failure = failure ?? nil { throw failure }
+    }
+
+    func stop() async {
+        _ = await loop.call { [self] in
+            if let token { loop.remove(token, descriptor: descriptor) }
+            token = nil
+            retry?.cancel()
+            for handshake in pending { handshake.close() }
+            pending = []
+        }
+        loop.stop()
+        Glibc.close(descriptor)
+    }
+
+    private func listen(to events: UInt32) {
+        guard let token else { return }
+        loop.modify(token, descriptor: descriptor, events: events)
+    }
+
+    func ready(events: UInt32) {
+        for _ in 0..<Self.batch {
+            var address = sockaddr_in()
+            var length = socklen_t(MemoryLayout<sockaddr_in>.size)
+            let client = withUnsafeMutablePointer(to: &address) { storage in
+                storage.withMemoryRebound(to: sockaddr.self, capacity: 1) {
+                    accept4(
+                        descriptor, __SOCKADDR_ARG(__sockaddr__: $0), &length,
+                        Int32(SOCK_CLOEXEC.rawValue | SOCK_NONBLOCK.rawValue))
+                }
+            }
+            guard client >= 0 else { return acceptFailed(errno) }
+            begin(client, peer: Self.describe(address))
+        }
+    }
+
+    private func acceptFailed(_ code: Int32) {
+        switch code {
+        case EAGAIN, EINTR, ECONNABORTED: return
+        default:
+            // EMFILE, ENFILE, ENOMEM: the client waits in the backlog; asking again at once would spin.
+            logger.warning("cannot accept a client: \(errnoText(code)); trying again in 100 ms")
+            listen(to: 0)
+            retry?.arm(after: 100_000_000)
+        }
+    }
+
+    private static func describe(_ address: sockaddr_in) -> String {
+        let host = withUnsafeBytes(of: address.sin_addr.s_addr) { $0.map { "\($0)" }.joined(separator: ".") }
+        return "\(host):\(UInt16(bigEndian: address.sin_port))"
+    }
+
+    private func begin(_ client: Int32, peer: String) {
+        var one: Int32 = 1
+        let size = socklen_t(MemoryLayout<Int32>.size)
+        // Neither is needed to be right, only to be fast and to hear of a client that vanished.
+        setsockopt(client, Int32(IPPROTO_TCP), TCP_NODELAY, &one, size)
+        setsockopt(client, SOL_SOCKET, SO_KEEPALIVE, &one, size)
+        if pending.count >= Self.maximumHandshakes { pending[0].end("too many connections without a handshake") }
+        let handshake = PendingHandshake(descriptor: client, peer: peer, listener: self)
+        do throws(SystemError) {
+            try handshake.start()
+            pending.append(handshake)
+        } catch { logger.warning("\(peer): \(error)") }
+    }
+
+    fileprivate func ended(_ handshake: PendingHandshake) { pending.removeAll { $0 === handshake } }
+
+    /// A whole handshake has come.
+    fileprivate func finish(_ handshake: PendingHandshake, _ message: StoreHandshake) {
+        faults?.count(.handshakes)
+        var answer = message
+        answer.result = StoreHandshake.refused
+        let peer = handshake.peer
+        let descriptor = handshake.detach()
+        if !(1...StoreProtocol.maximumDepth).contains(Int(message.depth)) {
+            answer.depth = Int16(StoreProtocol.maximumDepth)
+            logger.warning("\(peer): handshake refused: a depth of \(message.depth)")
+        } else if message.result != StoreProtocol.version {
+            logger.warning("\(peer): handshake refused: version \(message.result) of the protocol")
+        } else if faults?.value(.refuse) ?? 0 > 0 {
+            logger.info("\(peer): fault: handshake refused")
+        } else if let volume = volume(message.volumeID) {
+            return volume.attach(descriptor: descriptor, peer: peer, handshake: message)
+        } else {
+            logger.info(
+                "\(peer): handshake refused: no volume 0x\(String(message.volumeID, radix: 16)) was opened here")
+        }
+        if !StoreVolume.send(answer, to: descriptor) { logger.debug("\(peer): left before it was answered") }
+        Glibc.close(descriptor)
+    }
+}
+
+/// One client in its handshake, on the listener's loop.
+private final class PendingHandshake: EventSource {
+    let peer: String
+    private let descriptor: Int32
+    private unowned let listener: DataListener
+    private var token: EventLoop.Token?
+    private var deadline: LoopTimer?
+    private var message = (UInt64(0), UInt64(0), UInt64(0), UInt64(0))
+    private var received = 0
+
+    init(descriptor: Int32, peer: String, listener: DataListener) {
+        self.descriptor = descriptor
+        self.peer = peer
+        self.listener = listener
+    }
+
+    /// On an error the socket is closed.
+    func start() throws(SystemError) {
+        do { token = try listener.loop.add(descriptor, events: EPOLLIN.rawValue, source: self) } catch {
+            Glibc.close(descriptor)
+            throw error
+        }
+        let timer = LoopTimer(loop: listener.loop) { [unowned self] in
+            end("no handshake within \(DataListener.handshakeTimeout) s")
+        }
+        timer.arm(after: DataListener.handshakeTimeout * 1_000_000_000)
+        deadline = timer
+    }
+
+    /// Leaves the loop; the socket is the caller's.
+    func detach() -> Int32 {
+        deadline?.cancel()
+        deadline = nil
+        if let token { listener.loop.remove(token, descriptor: descriptor) }
+        token = nil
+        listener.ended(self)
+        return descriptor
+    }
+
+    func close() { Glibc.close(detach()) }
+
+    func end(_ reason: String?) {
+        if let reason { listener.logger.info("\(peer): closed: \(reason)") }
+        close()
+    }
+
+    func ready(events: UInt32) {
+        let count = withUnsafeMutableBytes(of: &message) { bytes in
+            recv(descriptor, bytes.baseAddress.map { $0 + received }, bytes.count - received, Int32(MSG_DONTWAIT))
+        }
+        if count > 0 {
+            received += count
+            guard received == StoreHandshake.size else { return }
+            let decoded = withUnsafeBytes(of: &message) { bytes in
+                bytes.baseAddress.map { StoreHandshake(decoding: $0) }
+            }
+            if let decoded { listener.finish(self, decoded) }
+        } else if count == 0 {
+            end(nil)
+        } else if errno != EAGAIN && errno != EINTR {
+            end("receive: \(errnoText(errno))")
+        }
+    }
+}

@@ -1,0 +1,132 @@
+import Backend
+import Configuration
+import EventLoop
+import Glibc
+import LocalPool
+import PureFlash
+import Synchronization
+
+/// A pool of the configuration, and what the conductor keeps beside its volumes.
+final class StorePool: Sendable {
+    /// What only the conductor knows of a volume.
+    struct Entry: Sendable {
+        var id: UInt64
+        var metaVersion: UInt16 = 0
+        /// Addresses; shard n is served by number n modulo their count.
+        var stores: [String]
+        var snapshots: [Snapshot] = []
+        /// The number of the next snapshot; no number is used again.
+        var nextSnapshot: UInt32 = 1
+    }
+
+    struct Snapshot: Sendable {
+        var name: String
+        var number: UInt32
+        /// Bytes.
+        var size: UInt64
+    }
+
+    let name: String
+    let volumes: any VolumePool
+    /// Of a local pool, where each volume's entry is the file `VOLUME.pureflash`.
+    let path: String?
+    /// Of a memory pool.
+    private let entries = Mutex<[String: Entry]>([:])
+
+    init(_ configuration: PoolConfiguration) {
+        name = configuration.name
+        switch configuration.kind {
+        case .local(let path):
+            volumes = LocalPool(name: configuration.name, path: path)
+            self.path = path
+        default:
+            volumes = MemoryPool(name: configuration.name)
+            path = nil
+        }
+    }
+
+    func record(_ volume: String) throws(BackendError) -> VolumeRecord {
+        guard let record = try volumes.list().first(where: { $0.volume == volume }) else {
+            throw BackendError(code: ENOENT, message: "no volume \(volume) in tenant \(name)")
+        }
+        return record
+    }
+
+    // MARK: Entries
+
+    private static func file(_ volume: String) -> String { volume + ".pureflash" }
+    private static let version = "1"
+
+    /// - Parameter own: serves volumes that were made without a conductor.
+    func entry(_ record: VolumeRecord, own: String) throws(BackendError) -> Entry {
+        guard let path else {
+            return entries.withLock { entries in
+                if let entry = entries[record.volume] { return entry }
+                // The ids of different memory pools are the same.
+                let entry = Entry(id: UInt64.random(in: 1..<(1 << 38)) << 24, stores: [own])
+                entries[record.volume] = entry
+                return entry
+            }
+        }
+        let directory = try Directory(path: path)
+        guard directory.exists(Self.file(record.volume)) else { return Entry(id: record.id, stores: [own]) }
+        let entry = try Self.parse(try directory.read(Self.file(record.volume)), "\(path)/\(Self.file(record.volume))")
+        // One that a volume of the same name has left says nothing of this one.
+        return entry.id == record.id ? entry : Entry(id: record.id, stores: [own])
+    }
+
+    func keep(_ entry: Entry, of volume: String) throws(BackendError) {
+        guard let path else { return entries.withLock { $0[volume] = entry } }
+        let directory = try Directory(path: path)
+        let draft = Self.file(volume) + ".new"
+        try directory.write(
+            """
+            # What the conductor of qbd-store knows of this volume
+            version = \(Self.version)
+            id = 0x\(String(entry.id, radix: 16))
+            meta_ver = \(entry.metaVersion)
+            stores = \(entry.stores.joined(separator: ","))
+            snap_seq = \(entry.nextSnapshot)
+            snapshots = \(entry.snapshots.map { "\($0.name):\($0.number):\($0.size)" }.joined(separator: ","))
+
+            """, to: draft)
+        try directory.rename(draft, to: Self.file(volume))
+        try directory.synchronize()
+    }
+
+    func forget(_ volume: String) throws(BackendError) {
+        guard let path else {
+            entries.withLock { $0[volume] = nil }
+            return
+        }
+        try Directory(path: path).remove(Self.file(volume))
+    }
+
+    private static func parse(_ bytes: [UInt8], _ file: String) throws(BackendError) -> Entry {
+        var values: [String: String] = [:]
+        for line in String(decoding: bytes, as: UTF8.self).split(separator: "\n") where !line.hasPrefix("#") {
+            let parts = line.split(separator: "=", maxSplits: 1).map { $0.filter { $0 != " " } }
+            if parts.count == 2 { values[parts[0]] = parts[1] }
+        }
+        guard values["version"] == version, let id = values["id"].flatMap({ UInt64($0.dropFirst(2), radix: 16) }),
+            let metaVersion = values["meta_ver"].flatMap({ UInt16($0) }),
+            let stores = values["stores"]?.split(separator: ",").map(String.init), !stores.isEmpty,
+            let nextSnapshot = values["snap_seq"].flatMap({ UInt32($0) }),
+            let texts = values["snapshots"]?.split(separator: ","),
+            case let snapshots = texts.compactMap(Self.snapshot),
+            snapshots.count == texts.count
+        else {
+            throw BackendError(
+                code: EIO,
+                message: "\(file) is damaged: it says which stores hold the volume; restore it, or write it anew")
+        }
+        return Entry(
+            id: id, metaVersion: metaVersion, stores: stores, snapshots: snapshots, nextSnapshot: nextSnapshot)
+    }
+
+    private static func snapshot(_ text: Substring) -> Snapshot? {
+        let parts = text.split(separator: ":")
+        guard parts.count == 3, let number = UInt32(parts[1]), let size = UInt64(parts[2]) else { return nil }
+        return Snapshot(name: String(parts[0]), number: number, size: size)
+    }
+}
