@@ -36,6 +36,8 @@ extension VolumeManager {
     private static func resendInterval(_ device: KernelDevice, heldBack: Bool) -> UInt32 {
         device.queues > 1 ? (heldBack ? 600_000 : 30_000) : heldBack ? 30_000 : 2000
     }
+    /// Seconds the kernel has to take a setting: newer ones finish all I/O in flight first.
+    private static let settingTimeout = 5.0
     /// Seconds a disconnected device has to become free.
     private static let freeTimeout = 10.0
     /// Seconds the kernel has to say goodbye on the connections.
@@ -63,11 +65,17 @@ extension VolumeManager {
     /// Tells the kernel before requests are held back that they will be, and afterwards that they are not any more.
     func setResendInterval(_ attached: AttachedDevice, _ volume: Volume, heldBack: Bool) async {
         let device = attached.device
-        let remarks = await blocking.run { () -> [String] in
-            guard device.backend == attached.identifier.description else { return [] }
-            return QueueSettings(device).setResendInterval(Self.resendInterval(device, heldBack: heldBack))
-        }
-        for remark in remarks { volume.logger.warning("\(remark)") }
+        let late = Deadline(seconds: Self.settingTimeout)
+        do throws(BackendError) {
+            let remarks = try await BlockingThread.alone {
+                late.passed
+                    ? BackendError(code: ETIMEDOUT, message: "\(device.path) has I/O in flight that does not end") : nil
+            } _: { () throws(BackendError) -> [String] in
+                guard device.backend == attached.identifier.description else { return [] }
+                return QueueSettings(device).setResendInterval(Self.resendInterval(device, heldBack: heldBack))
+            }
+            for remark in remarks { volume.logger.warning("\(remark)") }
+        } catch { volume.logger.warning("the kernel was not told how long to wait: \(error.message)") }
     }
 
     /// Numbers of devices that other daemons on this host have.
@@ -124,7 +132,6 @@ extension VolumeManager {
     private func finish(_ attached: AttachedDevice, _ volume: Volume, isOpen: Bool) async throws(BackendError) {
         let size = volume.export.size
         let readOnly = volume.export.readOnly
-        let heldBack = await volume.status().map { $0.state != .normal } ?? false
         let remarks = try await BlockingThread.alone { () throws(BackendError) in
             let device = attached.device
             guard !isOpen || device.wait(10, until: { $0.size == size }) else {
@@ -132,7 +139,7 @@ extension VolumeManager {
                     code: ETIMEDOUT, message: "\(device.path) has \(device.size) bytes after 10 s instead of \(size)")
             }
             var remarks = QueueSettings(device).apply(
-                resendInterval: Self.resendInterval(device, heldBack: heldBack))
+                resendInterval: isNew ? Self.resendInterval(device, heldBack: false) : nil)
             do throws(SystemError) {
                 try QueueSettings(device).setReadOnly(readOnly)
                 if isOpen { try QueueSettings(device).scanPartitions() }

@@ -54,13 +54,17 @@ class Kernel:
 
 
 def find(cache):
-    """The kernel of QBD_VM_KERNEL, a directory with boot and lib/modules, or else Debian's, downloaded to `cache`."""
+    """The kernel of QBD_VM_KERNEL, a directory with boot and lib/modules, or else Debian's, downloaded to `cache`.
+
+    QBD_VM_PACKAGE names another package than linux-image-amd64, such as linux-image-6.12-amd64.
+    """
     chosen = os.environ.get("QBD_VM_KERNEL")
     if chosen:
         return Kernel(pathlib.Path(chosen).resolve())
-    root = cache / "kernel"
+    package = os.environ.get("QBD_VM_PACKAGE", "linux-image-amd64")
+    root = cache / package
     if not root.is_dir():
-        _download(cache, root)
+        _download(package, cache, root)
     return Kernel(root)
 
 
@@ -74,12 +78,12 @@ def find_udev(cache):
     return root
 
 
-def _download(cache, root):
-    """Unpacks the package that linux-image-amd64 stands for. Installing it would build an initrd, and call grub."""
-    depends = _run("apt-cache", "depends", "--no-recommends", "linux-image-amd64")
+def _download(package, cache, root):
+    """Unpacks what the package stands for. Installing it would build an initrd, and call grub."""
+    depends = _run("apt-cache", "depends", "--no-recommends", package)
     found = re.search(r"Depends: (linux-image-\d\S*)", depends)
     if not found:
-        raise Unable("apt knows no package linux-image-amd64: run apt-get update, or set QBD_VM_KERNEL to a directory\n"
+        raise Unable(f"apt knows no package {package}: run apt-get update, or set QBD_VM_KERNEL to a directory\n"
                      "that has boot/vmlinuz-VERSION and lib/modules/VERSION")  # fmt: skip
     _unpack(found[1], cache, root)
 

@@ -3,6 +3,9 @@ import EventLoop
 import Glibc
 
 /// What sysfs and ioctls set for a connected device. All calls may block: never on a loop.
+///
+/// From Linux 6.11 on, a write to any file of the queue waits for all I/O in flight, and holds new I/O up meanwhile. So
+/// nothing is written that is there already, and a device that only gets new connections has all of it.
 package struct QueueSettings: Sendable {
     private let device: KernelDevice
     private var folder: String { "\(device.folder)/queue" }
@@ -10,14 +13,14 @@ package struct QueueSettings: Sendable {
     package init(_ device: KernelDevice) { self.device = device }
 
     /// Sets what is the same for every device. What the kernel does not let us set is no reason not to use it.
-    /// - Parameter resendInterval: see `setResendInterval`.
+    /// - Parameter resendInterval: see `setResendInterval`; nil leaves it as it is.
     /// - Returns: one line for each thing that could not be set.
-    package func apply(resendInterval: UInt32) -> [String] {
+    package func apply(resendInterval: UInt32?) -> [String] {
         // The volume orders and merges by itself, and a queue in front of it only costs.
         var problems = set("scheduler", "none")
-        if TextFile.readLine("\(folder)/rotational") == "1" { problems += set("rotational", "0") }
+        problems += set("rotational", "0")
         if let limit = TextFile.readLine("\(folder)/max_hw_sectors_kb") { problems += set("max_sectors_kb", limit) }
-        problems += setResendInterval(resendInterval)
+        if let resendInterval { problems += setResendInterval(resendInterval) }
         return problems
     }
 
@@ -32,6 +35,9 @@ package struct QueueSettings: Sendable {
     }
 
     private func set(_ name: String, _ value: String) -> [String] {
+        let now = TextFile.readLine("\(folder)/\(name)")
+        // Of the schedulers there are, the one in use stands in brackets.
+        if now == value || now?.contains("[\(value)]") == true { return [] }
         do throws(SystemError) {
             try TextFile.write(value, to: "\(folder)/\(name)")
             return []

@@ -26,6 +26,21 @@ import Testing
         #expect(root.text("/words") == "nbd max_part=31 nbds_max=16\n")
     }
 
+    @Test(.enabled(if: geteuid() == 0, "lowering it needs CAP_SYS_RESOURCE"))
+    func aProgramIsNotSparedWhenMemoryRunsOut() throws {
+        let root = try FakeRoot()
+        let file = "/proc/self/oom_score_adj"
+        let ours = open(file, O_WRONLY)
+        defer {
+            write(ours, "0", 1)
+            close(ours)
+        }
+        try #require(write(ours, "7", 1) == 1)
+        let lines = "for i in $(seq 99); do read a <\(file); [ $a = 0 ] && break; sleep 0.1; done; echo $a > adj"
+        #expect(load(lines, root)?.message.contains("loaded nothing") == true)
+        #expect(root.text("/adj") == "0\n")
+    }
+
     @Test func theTextSaysWhichPackageIsMissing() throws {
         let root = try FakeRoot()
         let error = load("echo 'modprobe: FATAL: Module nbd not found in directory /lib/modules/6.1' >&2; exit 1", root)

@@ -126,6 +126,49 @@ def test_remap_does_not_wait_for_the_store(daemon, store, writer, kernel_log):
     assert kernel_log.matching(IO_ERROR) == []
 
 
+@pytest.fixture
+def suspended(daemon, processes):
+    """disk/a, suspended, with a writer that waits."""
+    device = daemon.disk("disk/a")
+    write_pattern(device, "before")
+    daemon.qbd("suspend", "disk/a").succeeded()
+    writer = processes(
+        "dd", "if=/dev/zero", f"of={device}", "bs=64k", "count=4", "oflag=direct", "conv=nocreat",
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for(lambda: device.attribute("inflight").split()[1] != "0", "a write is held back")
+    return writer
+
+
+def test_suspended_device_is_unmapped_when_nothing_waits(daemon):
+    write_pattern(daemon.disk("disk/a"), "before")
+    daemon.qbd("suspend", "disk/a").succeeded()
+    daemon.unmap("disk/a")
+    assert read_pattern(daemon.map("disk/a")) == "before"
+
+
+def test_forced_unmap_of_a_suspended_device(daemon, suspended):
+    daemon.qbd("unmap", "disk/a").failed(16, "dd", str(suspended.pid))
+    daemon.qbd("unmap", "--force", "disk/a").succeeded()
+    err = suspended.communicate(timeout=60)[1]
+    assert "Input/output error" in err, err
+    wait_for(lambda: connected_devices() == [], "the kernel lets go of the device")
+    assert read_pattern(daemon.map("disk/a")) == "before"
+
+
+def test_suspended_device_is_taken_over_and_holds_up_nobody(daemon, suspended, kernel_log):
+    other = daemon.disk("disk/b")
+    daemon.restart()
+    write_pattern(other, "other")
+    daemon.remap("disk/a")
+    assert suspended.poll() is None
+    daemon.qbd("resume", "disk/a", "-t", "normal").succeeded()
+    err = suspended.communicate(timeout=100)[1]
+    assert suspended.returncode == 0, err
+    assert read_pattern("/dev/qbd/disk/a") == ""
+    assert kernel_log.matching(IO_ERROR) == []
+
+
 @pytest.mark.deadline(240)
 def test_connections_that_the_kernel_gives_up_cost_nothing(store, new_daemon, kernel_log):
     """Of several connections it ends one on which a request takes too long, and sends its requests again on another."""
