@@ -114,7 +114,7 @@ extension VolumeManager {
         volume.attachKernel(made.sockets)
         let attached = AttachedDevice(identifier: identifier, device: KernelDevice(index: made.index))
         do throws(BackendError) {
-            try await finish(attached, volume, isOpen: true)
+            try await finish(attached, volume, isOpen: true, isNew: true)
         } catch {
             await volume.severKernel()
             do throws(BackendError) {
@@ -129,7 +129,9 @@ extension VolumeManager {
 
     /// What follows on new connections: size, queue, partitions, names.
     /// - Parameter isOpen: whether the volume's I/O runs: a look for partitions would wait for it, or find none.
-    private func finish(_ attached: AttachedDevice, _ volume: Volume, isOpen: Bool) async throws(BackendError) {
+    private func finish(
+        _ attached: AttachedDevice, _ volume: Volume, isOpen: Bool, isNew: Bool = false
+    ) async throws(BackendError) {
         let size = volume.export.size
         let readOnly = volume.export.readOnly
         let remarks = try await BlockingThread.alone { () throws(BackendError) in
