@@ -40,7 +40,8 @@ let package = Package(
         .executableTarget(
             name: "qbdd",
             dependencies: [
-                "Service", "Control", "Volumes", "Backend", "LocalPool", "NBD", "EventLoop", "Configuration", "CLinux",
+                "Service", "Control", "Volumes", "Backend", "LocalPool", "PureFlash", "NBD", "EventLoop",
+                "Configuration", "CLinux",
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
                 .product(name: "Logging", package: "swift-log"),
             ],
@@ -80,7 +81,16 @@ let package = Package(
             swiftSettings: dataPath),
         .target(name: "Backend", dependencies: ["EventLoop", "CLinux"], swiftSettings: dataPath),
         .target(name: "LocalPool", dependencies: ["Backend", "EventLoop", "CLinux"], swiftSettings: dataPath),
-        .target(name: "PureFlash", dependencies: ["Backend", "EventLoop", "CLinux"], swiftSettings: dataPath),
+        .target(
+            name: "PureFlash",
+            dependencies: [
+                "Backend", "EventLoop", "CLinux",
+                .product(name: "NIOCore", package: "swift-nio"),
+                .product(name: "NIOPosix", package: "swift-nio"),
+                .product(name: "NIOHTTP1", package: "swift-nio"),
+                .product(name: "Logging", package: "swift-log"),
+            ],
+            swiftSettings: dataPath),
         .target(name: "NBD", dependencies: ["EventLoop", "CLinux"], swiftSettings: dataPath),
         .target(name: "EventLoop", dependencies: ["CLinux"], swiftSettings: dataPath),
         .target(name: "Configuration"),

@@ -97,6 +97,8 @@ package protocol OpenVolume: AnyObject, Sendable {
     /// "local", "memory": what `info` shows as the protocol.
     var protocolName: String { get }
     var readOnly: Bool { get }
+    /// Whether trimming it is of use.
+    var canTrim: Bool { get }
 
     /// On the loop's thread.
     /// - Parameters:
@@ -144,6 +146,10 @@ package enum StoreChange: Sendable, Equatable {
     case snapshot(String)
     /// One step towards fewer files, after a snapshot was deleted.
     case tidy
+}
+
+extension OpenVolume {
+    package var canTrim: Bool { true }
 }
 
 /// A set of volumes. All calls block; they are made on the blocking-work thread.

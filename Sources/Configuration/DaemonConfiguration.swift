@@ -81,18 +81,22 @@ package enum PoolKind: Hashable, Sendable {
     case local(path: String)
     /// In the daemon's memory: gone when it ends.
     case memory
+    /// In a PureFlash cluster, where the pool is a tenant.
+    case pureFlash(
+        DaemonConfiguration.ZooKeeper, DaemonConfiguration.Conductor, DaemonConfiguration.Client)
 }
 
 extension DaemonConfiguration {
-    /// The pool a volume's name speaks of.
+    /// The pool a volume's name speaks of: one with a section, or else a tenant of the cluster, if one is configured.
     ///
     /// - Throws: an error that names the pool, the file, and the section to add.
     package func pool(named name: String) throws(ConfigurationError) -> PoolConfiguration {
-        guard let pool = pools[name] else {
+        if let pool = pools[name] { return pool }
+        guard !conductor.endpoints.isEmpty || !zookeeper.ip.isEmpty else {
             throw ConfigurationError(
                 "pool \(excerpt(name)) is not configured; add a section [pool.\(printable(name))] with type = local and"
                     + " path = DIRECTORY to \(file)")
         }
-        return pool
+        return PoolConfiguration(name: name, kind: .pureFlash(zookeeper, conductor, client))
     }
 }

@@ -70,6 +70,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
             name: name, description: "qbd \(opened.protocolName) volume", size: record.size,
             readOnly: opened.readOnly, minimumBlock: record.blockSize)
         export.preferredBlock = max(4096, record.blockSize)
+        export.canTrim = opened.canTrim
         currentExport = Mutex(export)
         let sessions = maximumSessions + KernelSide.maximumSessions
         buffers = BufferPool(maximumRegions: sessions + 4)

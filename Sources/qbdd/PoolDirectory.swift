@@ -4,6 +4,7 @@ import Control
 import Glibc
 import LocalPool
 import Logging
+import PureFlash
 import Volumes
 
 /// Which pool a request means: a configuration's path and a pool's name lead to one object, as long as the daemon lives.
@@ -68,13 +69,9 @@ actor PoolDirectory {
         } catch {
             throw ControlError(error)
         }
-        guard let described = configuration.pools[name] else {
-            do throws(ConfigurationError) {
-                _ = try configuration.pool(named: name)
-            } catch {
-                throw ControlError(ENOENT, "\(error)")
-            }
-            throw ControlError(ENOENT, "pool '\(name)' is not configured")
+        let described: PoolConfiguration
+        do throws(ConfigurationError) { described = try configuration.pool(named: name) } catch {
+            throw ControlError(ENOENT, "\(error)")
         }
         let key = Key(config: path, pool: described)
         if let pool = pools[key] { return pool }
@@ -82,6 +79,10 @@ actor PoolDirectory {
             switch described.kind {
             case .local(let folder): LocalPool(name: name, path: folder)
             case .memory: MemoryPool(name: name)
+            case .pureFlash(_, let conductor, let client):
+                PureFlashPool(
+                    name: name, conductor: try ConductorClient(conductor, client), settings: PureFlashSettings(client),
+                    logger: logger)
             }
         pools[key] = pool
         return pool
@@ -117,6 +118,38 @@ extension VolumeTiming {
     init(_ client: DaemonConfiguration.Client) {
         self.init(slowIO: UInt64(client.slowIO), open: UInt64(client.openVolumeTimeout.components.seconds))
     }
+}
+
+extension ConductorClient {
+    convenience init(
+        _ conductor: DaemonConfiguration.Conductor, _ client: DaemonConfiguration.Client
+    ) throws(ControlError) {
+        guard client.connType == .tcp else { throw Feature.rdma.comesLater }
+        guard !conductor.endpoints.isEmpty else { throw Feature.zooKeeper.comesLater }
+        self.init(
+            endpoints: conductor.endpoints.map { endpoint in
+                // The configuration has checked that a port stands behind the last colon.
+                let colon = endpoint.lastIndex(of: ":") ?? endpoint.endIndex
+                let host = endpoint[..<colon].filter { $0 != "[" && $0 != "]" }
+                return Endpoint(
+                    host: host,
+                    port: Int(endpoint[colon...].dropFirst()) ?? Int(DaemonConfiguration.Conductor.defaultPort))
+            },
+            timeout: client.connTimeout.nanoseconds)
+    }
+}
+
+extension PureFlashSettings {
+    init(_ client: DaemonConfiguration.Client) {
+        self.init(
+            noDelay: client.tcpNoDelay, depth: client.ioDepth, ioTimeout: UInt64(client.ioTimeout.nanoseconds),
+            connectTimeout: UInt64(client.connTimeout.nanoseconds),
+            openTimeout: UInt64(client.openVolumeTimeout.nanoseconds))
+    }
+}
+
+extension Duration {
+    fileprivate var nanoseconds: Int64 { components.seconds * 1_000_000_000 + components.attoseconds / 1_000_000_000 }
 }
 
 extension DeviceSettings {

@@ -1,0 +1,250 @@
+import Backend
+import FoundationEssentials
+import Glibc
+import NIOCore
+import NIOHTTP1
+import NIOPosix
+
+/// Asks a cluster's conductor: HTTP GET with answers in JSON. From any thread but a volume's loop, which may only start
+/// a request.
+package final class ConductorClient: Sendable {
+    package struct Endpoint: Hashable, Sendable, CustomStringConvertible {
+        package let host: String
+        package let port: Int
+        package init(host: String, port: Int) {
+            self.host = host
+            self.port = port
+        }
+        package var description: String { "\(host):\(port)" }
+    }
+
+    /// In the order to try them.
+    private let endpoints: [Endpoint]
+    /// Of one try.
+    private let timeout: TimeAmount
+    /// Never shut down: it lives as long as the process.
+    private static let group = MultiThreadedEventLoopGroup(numberOfThreads: 1)
+
+    /// - Parameters:
+    ///   - endpoints: at least one.
+    ///   - timeout: nanoseconds that one conductor has for one answer.
+    package init(endpoints: [Endpoint], timeout: Int64) {
+        self.endpoints = endpoints
+        self.timeout = .nanoseconds(timeout)
+    }
+
+    // MARK: Operations
+
+    /// Opens a volume and calls back, on a thread of its own; tries each conductor once.
+    /// - Parameter snapshot: empty for the volume itself.
+    func open(
+        tenant: String, volume: String, snapshot: String,
+        completion: @escaping @Sendable (Result<VolumeLayout, BackendError>) -> Void
+    ) {
+        ask(
+            "open_volume", [("volume_name", volume), ("snapshot_name", snapshot), ("tenant_name", tenant)],
+            of: OpenVolumeAnswer.self
+        ).whenComplete { result in
+            completion(Self.outcome(result).flatMap { answer in
+                do throws(BackendError) { return .success(try answer.layout()) } catch { return .failure(error) }
+            })
+        }
+    }
+
+    func create(tenant: String, volume: String, size: UInt64) throws(BackendError) -> CreateVolumeAnswer {
+        try wait(
+            ask(
+                "create_volume",
+                [("volume_name", volume), ("size", "\(size)"), ("rep_cnt", "1"), ("tenant_name", tenant)],
+                of: CreateVolumeAnswer.self))
+    }
+
+    func delete(tenant: String, volume: String) throws(BackendError) {
+        _ = try wait(
+            ask("delete_volume", [("volume_name", volume), ("tenant_name", tenant)], of: ConductorStatus.self))
+    }
+
+    func list(tenant: String) throws(BackendError) -> [ListVolumeAnswer.Volume] {
+        try wait(ask("list_volume", [("tenant_name", tenant), ("limit", "100000")], of: ListVolumeAnswer.self)).volumes
+    }
+
+    /// - Parameter size: bytes, a multiple of a MiB, the unit of this one request.
+    func resize(tenant: String, volume: String, size: UInt64) throws(BackendError) {
+        _ = try wait(
+            ask(
+                "update_volume", [("tenant_name", tenant), ("volume_name", volume), ("size", "\(size >> 20)")],
+                of: ConductorStatus.self))
+    }
+
+    // MARK: Asking
+
+    private func wait<Answer: Sendable>(_ future: EventLoopFuture<Answer>) throws(BackendError) -> Answer {
+        let result: Result<Answer, any Error>
+        do { result = .success(try future.wait()) } catch { result = .failure(error) }
+        return try Self.outcome(result).get()
+    }
+
+    private static func outcome<Answer>(_ result: Result<Answer, any Error>) -> Result<Answer, BackendError> {
+        result.mapError { error in
+            error as? BackendError ?? BackendError(code: EIO, message: "the conductor could not be asked: \(error)")
+        }
+    }
+
+    private func ask<Answer: Decodable & Sendable>(
+        _ operation: String, _ parameters: [(String, String)], of: Answer.Type
+    ) -> EventLoopFuture<Answer> {
+        let query = ([("op", operation)] + parameters).map { "\($0)=\(Self.escaped($1))" }.joined(separator: "&")
+        return get("/s5c/?\(query)", from: endpoints[...], on: Self.group.any()).flatMapThrowing { body in
+            try Self.decode(Answer.self, operation, body)
+        }
+    }
+
+    private func get(
+        _ uri: String, from endpoints: ArraySlice<Endpoint>, on loop: any NIOCore.EventLoop
+    ) -> EventLoopFuture<[UInt8]> {
+        guard let endpoint = endpoints.first else {
+            return loop.makeFailedFuture(BackendError(code: EHOSTUNREACH, message: "no conductor is configured"))
+        }
+        return get(uri, from: endpoint, on: loop).flatMapError { [self] error in
+            guard endpoints.count > 1 else { return loop.makeFailedFuture(error) }
+            return get(uri, from: endpoints.dropFirst(), on: loop)
+        }
+    }
+
+    private func get(
+        _ uri: String, from endpoint: Endpoint, on loop: any NIOCore.EventLoop
+    ) -> EventLoopFuture<[UInt8]> {
+        let promise = loop.makePromise(of: [UInt8].self)
+        let deadline = loop.scheduleTask(in: timeout) { [timeout] in
+            promise.fail(
+                BackendError(
+                    code: ETIMEDOUT,
+                    message: "the conductor \(endpoint) did not answer within \(timeout.nanoseconds / 1_000_000) ms"))
+        }
+        ClientBootstrap(group: loop).connectTimeout(timeout).channelInitializer { channel in
+            channel.eventLoop.makeCompletedFuture {
+                try channel.pipeline.syncOperations.addHTTPClientHandlers()
+                try channel.pipeline.syncOperations.addHandler(Exchange(uri: uri, endpoint: endpoint, promise: promise))
+            }
+        }.connect(host: endpoint.host, port: endpoint.port).whenComplete { result in
+            switch result {
+            case .failure(let error): promise.fail(Self.unreachable(endpoint, error))
+            case .success(let channel): promise.futureResult.whenComplete { _ in channel.close(promise: nil) }
+            }
+        }
+        promise.futureResult.whenComplete { _ in deadline.cancel() }
+        return promise.futureResult
+    }
+
+    private static func unreachable(_ endpoint: Endpoint, _ error: any Error) -> BackendError {
+        let code: Int32
+        let reason: String
+        switch error {
+        case let error as IOError: (code, reason) = (error.errnoCode, String(cString: strerror(error.errnoCode)))
+        case let error as NIOConnectionError:
+            let first = error.connectionErrors.first?.error as? IOError
+            code = first?.errnoCode ?? EHOSTUNREACH
+            reason = String(cString: strerror(code))
+        case is ChannelError: (code, reason) = (ETIMEDOUT, "no connection in time")
+        default: (code, reason) = (EHOSTUNREACH, "\(error)")
+        }
+        return BackendError(
+            code: code,
+            message: "the conductor \(endpoint) cannot be reached: \(reason); look whether it runs, and at [conductor]"
+                + " endpoints")
+    }
+
+    private static func decode<Answer: Decodable>(
+        _ type: Answer.Type, _ operation: String, _ body: [UInt8]
+    ) throws(BackendError) -> Answer {
+        do {
+            let decoder = JSONDecoder()
+            let data = Data(body)
+            let status = try decoder.decode(ConductorStatus.self, from: data)
+            guard status.code == 0 else { throw refusal(operation, status) }
+            return try decoder.decode(type, from: data)
+        } catch let error as BackendError {
+            throw error
+        } catch {
+            throw BackendError(
+                code: EPROTO, message: "the conductor's answer to \(operation) was not understood: \(error)")
+        }
+    }
+
+    /// A conductor's codes: 0 ok, 1 invalid operation or exception, 2 invalid argument, 3 duplicated node, 4 database,
+    /// 5 remote, 6 already done, 7 invalid state.
+    private static func refusal(_ operation: String, _ status: ConductorStatus) -> BackendError {
+        let reason = status.reason.map { ": \($0.prefix(400))" } ?? ""
+        let code: Int32 =
+            switch status.code {
+            case 2: operation == "create_volume" ? EINVAL : ENOENT
+            case 3, 6: EEXIST
+            case 7: EBUSY
+            default: EREMOTEIO
+            }
+        return BackendError(code: code, message: "the conductor refused \(operation) (\(status.code))\(reason)")
+    }
+
+    private static func escaped(_ text: String) -> String {
+        // Names hold nothing that needs it; what does not is written as it is.
+        text.utf8.map { byte in
+            switch byte {
+            case UInt8(ascii: "a")...UInt8(ascii: "z"), UInt8(ascii: "A")...UInt8(ascii: "Z"),
+                UInt8(ascii: "0")...UInt8(ascii: "9"), UInt8(ascii: "-"), UInt8(ascii: "."), UInt8(ascii: "_"):
+                return String(UnicodeScalar(byte))
+            default:
+                let digits = String(byte, radix: 16, uppercase: true)
+                return "%" + (digits.count == 1 ? "0" + digits : digits)
+            }
+        }.joined()
+    }
+}
+
+/// One question and its answer.
+private final class Exchange: ChannelInboundHandler {
+    typealias InboundIn = HTTPClientResponsePart
+    typealias OutboundOut = HTTPClientRequestPart
+
+    /// Bytes of an answer, far more than any cluster's.
+    private static let maximumBody = 64 << 20
+
+    private let uri: String
+    private let endpoint: ConductorClient.Endpoint
+    private let promise: EventLoopPromise<[UInt8]>
+    private var status = HTTPResponseStatus.ok
+    private var body: [UInt8] = []
+
+    init(uri: String, endpoint: ConductorClient.Endpoint, promise: EventLoopPromise<[UInt8]>) {
+        self.uri = uri
+        self.endpoint = endpoint
+        self.promise = promise
+    }
+
+    func channelActive(context: ChannelHandlerContext) {
+        let headers: HTTPHeaders = ["Host": "\(endpoint)", "Accept": "*/*", "Connection": "close"]
+        let head = HTTPRequestHead(version: .http1_1, method: .GET, uri: uri, headers: headers)
+        context.write(wrapOutboundOut(.head(head)), promise: nil)
+        context.writeAndFlush(wrapOutboundOut(.end(nil)), promise: nil)
+    }
+
+    func channelRead(context: ChannelHandlerContext, data: NIOAny) {
+        switch unwrapInboundIn(data) {
+        case .head(let head): status = head.status
+        case .body(let part):
+            body += part.readableBytesView
+            if body.count > Self.maximumBody { fail("sent more than \(Self.maximumBody) bytes") }
+        case .end:
+            guard status == .ok else { return fail("answered with HTTP status \(status.code)") }
+            promise.succeed(body)
+        }
+    }
+
+    func errorCaught(context: ChannelHandlerContext, error: any Error) { fail("sent no HTTP: \(error)") }
+
+    func channelInactive(context: ChannelHandlerContext) { fail("closed the connection before it answered") }
+
+    /// After the answer, nothing more is heard of it.
+    private func fail(_ what: String) {
+        promise.fail(BackendError(code: EREMOTEIO, message: "the conductor \(endpoint) \(what)"))
+    }
+}

@@ -1,0 +1,170 @@
+import Backend
+import EventLoop
+import Glibc
+import Logging
+import Synchronization
+
+/// A tenant of a PureFlash cluster. Its volumes are listed, made and grown by the conductor; their data is with the
+/// stores.
+package final class PureFlashPool: VolumePool {
+    package let name: String
+    private let conductor: ConductorClient
+    private let settings: PureFlashSettings
+    private let logger: Logger
+
+    /// - Parameter name: the tenant's.
+    package init(name: String, conductor: ConductorClient, settings: PureFlashSettings, logger: Logger) {
+        self.name = name
+        self.conductor = conductor
+        self.settings = settings
+        self.logger = logger
+    }
+
+    package func create(volume: String, size: UInt64, blockSize: UInt32) throws(BackendError) -> VolumeRecord {
+        guard blockSize == StoreProtocol.sector else {
+            throw BackendError(code: EINVAL, message: "block size \(blockSize): a PureFlash volume has blocks of 512 bytes")
+        }
+        let made = try conductor.create(tenant: name, volume: volume, size: size)
+        return record(made.id, volume, made.size)
+    }
+
+    package func delete(volume: String) throws(BackendError) { try conductor.delete(tenant: name, volume: volume) }
+
+    package func list() throws(BackendError) -> [VolumeRecord] {
+        try conductor.list(tenant: name).map { record($0.id, $0.name, $0.size) }.sorted { $0.volume < $1.volume }
+    }
+
+    package func grow(volume: String, to size: UInt64?) throws(BackendError) -> VolumeRecord {
+        guard let current = try list().first(where: { $0.volume == volume }) else {
+            throw BackendError(
+                code: ENOENT, message: "no volume \(volume) in pool \(name); `qbd volumes \(name)` lists what there is")
+        }
+        guard let size else { return current }
+        return try grow(current, to: size)
+    }
+
+    fileprivate func grow(_ current: VolumeRecord, to size: UInt64) throws(BackendError) -> VolumeRecord {
+        try current.checkGrowth(to: size, pool: name)
+        guard size % (1 << 20) == 0 else {
+            throw BackendError(
+                code: EINVAL, message: "size \(size): a PureFlash volume grows to whole MiB (1048576 bytes)")
+        }
+        try conductor.resize(tenant: name, volume: current.volume, size: size)
+        return current.resized(to: size)
+    }
+
+    /// The conductor does not say when a volume was made.
+    private func record(_ id: UInt64, _ volume: String, _ size: UInt64) -> VolumeRecord {
+        VolumeRecord(id: id, volume: volume, size: size, blockSize: StoreProtocol.sector, created: 0)
+    }
+
+    package func open(volume: String, readOnly: Bool) throws(BackendError) -> any OpenVolume {
+        let layout = try openPatiently(volume)
+        return PureFlashOpenVolume(
+            pool: self, conductor: conductor, settings: settings, layout: layout,
+            record: record(layout.id, volume, layout.size), readOnly: readOnly || layout.snapshot != StoreProtocol.head,
+            logger: logger)
+    }
+
+    /// Tries again while the conductor or a store is not there yet; what needs a person is said at once.
+    private func openPatiently(_ volume: String) throws(BackendError) -> VolumeLayout {
+        let deadline = monotonicNanoseconds() + settings.openTimeout
+        while true {
+            let problem: BackendError
+            do throws(BackendError) {
+                let layout = try open(volumeNamed: volume)
+                if layout.shards.allSatisfy({ !$0.addresses.isEmpty }) { return layout }
+                problem = BackendError(
+                    code: EHOSTDOWN, message: "\(name)/\(volume): no store serves all of it (a shard has no usable replica)")
+            } catch {
+                switch error.code {
+                case ECONNREFUSED, EHOSTUNREACH, ENETUNREACH, ETIMEDOUT, ECONNRESET, EREMOTEIO: problem = error
+                default: throw error
+                }
+            }
+            guard monotonicNanoseconds() + 1_000_000_000 < deadline else {
+                throw BackendError(code: problem.code, message: problem.message)
+            }
+            logger.warning("not open yet: \(problem.message)", metadata: ["volume": "\(name)/\(volume)"])
+            var second = timespec(tv_sec: 1, tv_nsec: 0)
+            nanosleep(&second, nil)
+        }
+    }
+
+    fileprivate func open(volumeNamed volume: String) throws(BackendError) -> VolumeLayout {
+        let answer = Answer<Result<VolumeLayout, BackendError>>()
+        let done = Semaphore()
+        conductor.open(tenant: name, volume: volume, snapshot: "") { result in
+            answer.set(result)
+            done.signal()
+        }
+        done.wait()
+        return try answer.take { preconditionFailure("the conductor's client gave no answer") }.get()
+    }
+}
+
+/// A volume that the conductor has opened.
+final class PureFlashOpenVolume: OpenVolume {
+    private let pool: PureFlashPool
+    private let conductor: ConductorClient
+    let settings: PureFlashSettings
+    private let known: Mutex<(record: VolumeRecord, layout: VolumeLayout)>
+    let readOnly: Bool
+    let logger: Logger
+
+    var record: VolumeRecord { known.withLock { $0.record } }
+    /// As of the last time the volume was opened or grown.
+    var layout: VolumeLayout { known.withLock { $0.layout } }
+    /// A store has no trim.
+    var canTrim: Bool { false }
+    var protocolName: String { "tcp" }
+
+    init(
+        pool: PureFlashPool, conductor: ConductorClient, settings: PureFlashSettings, layout: VolumeLayout,
+        record: VolumeRecord, readOnly: Bool, logger: Logger
+    ) {
+        self.pool = pool
+        self.conductor = conductor
+        self.settings = settings
+        known = Mutex((record, layout))
+        self.readOnly = readOnly
+        var logger = logger
+        logger[metadataKey: "volume"] = "\(pool.name)/\(record.volume)"
+        self.logger = logger
+    }
+
+    func start(
+        on loop: EventLoop, buffers: BufferPool, client: any BackendClient
+    ) throws(BackendError) -> any Backend {
+        try PureFlashVolume(self, loop: loop, buffers: buffers, client: client)
+    }
+
+    func grow(to size: UInt64?) throws(BackendError) -> VolumeRecord {
+        let current = record
+        if let size {
+            guard !readOnly else {
+                throw BackendError(
+                    code: EROFS, message: "\(pool.name)/\(current.volume) is mapped read-only; map it writable to grow it")
+            }
+            _ = try pool.grow(current, to: size)
+        }
+        // The conductor has prepared the new shards, and says where they are.
+        let layout = try pool.open(volumeNamed: current.volume)
+        guard layout.id == current.id, layout.size >= current.size else {
+            throw BackendError(
+                code: ESTALE,
+                message: "\(pool.name)/\(current.volume) is another volume now, or a smaller one (\(layout.size) bytes);"
+                    + " unmap it")
+        }
+        let grown = current.resized(to: layout.size)
+        known.withLock { $0 = (grown, layout) }
+        return grown
+    }
+
+    /// Calls back on a thread of the conductor's client.
+    func reopen(_ completion: @escaping @Sendable (Result<VolumeLayout, BackendError>) -> Void) {
+        conductor.open(tenant: pool.name, volume: record.volume, snapshot: "", completion: completion)
+    }
+
+    func close() {}
+}

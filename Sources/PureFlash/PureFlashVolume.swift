@@ -1,0 +1,402 @@
+import Backend
+import CLinux
+import EventLoop
+import Glibc
+import Logging
+
+/// How a cluster's volumes are reached: section `[client]` of qbd.conf.
+package struct PureFlashSettings: Hashable, Sendable {
+    /// TCP_NODELAY.
+    package var noDelay: Bool
+    /// Commands in flight on one connection, 1...255.
+    package var depth: Int
+    /// Nanoseconds from a request's arrival until it fails, whatever was tried meanwhile.
+    package var ioTimeout: UInt64
+    /// Nanoseconds for a connection with its handshake, and for one answer of a conductor.
+    package var connectTimeout: UInt64
+    /// Nanoseconds for opening a volume, all tries together.
+    package var openTimeout: UInt64
+
+    package init(noDelay: Bool, depth: Int, ioTimeout: UInt64, connectTimeout: UInt64, openTimeout: UInt64) {
+        self.noDelay = noDelay
+        self.depth = depth
+        self.ioTimeout = ioTimeout
+        self.connectTimeout = connectTimeout
+        self.openTimeout = openTimeout
+    }
+}
+
+/// A volume of a PureFlash cluster, on a loop: each shard on the store that serves it, one connection to each store.
+///
+/// What goes wrong with a connection, a store or the layout is answered with one thing: the conductor is asked to open
+/// the volume again, once for all requests that wait, and these are sent again where its answer says. That goes on until
+/// it works, or until a request is as old as it may be and fails with EIO.
+final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
+    /// Nanoseconds between two tries: the first, and the longest while requests wait that may still succeed. A second
+    /// after the cluster is well again, I/O has resumed.
+    private static let firstPause: UInt64 = 100_000_000
+    private static let longestPause: UInt64 = 800_000_000
+    /// Nanoseconds between two looks at the oldest request.
+    private static let watch: UInt64 = 250_000_000
+    private static let capacity = 8192
+
+    private(set) var geometry: Geometry
+    let logger: Logger
+    private let opened: PureFlashOpenVolume
+    private let loop: EventLoop
+    private let buffers: BufferPool
+    private unowned(unsafe) let client: any BackendClient
+    private let settings: PureFlashSettings
+    private let zeros: Buffer
+
+    private var layout: VolumeLayout
+    private var connections: [StoreConnection] = []
+    /// By shard: an index into `connections`, or -1 where no store is known.
+    private var routes: [Int]
+    /// By shard: which of its addresses is used.
+    private var choices: [Int]
+
+    private var requests: Slab<StoreRequest>
+    private var oldest: UnsafeMutablePointer<StoreRequest>?
+    private var newest: UnsafeMutablePointer<StoreRequest>?
+    /// Wait for a layout.
+    private var stranded = StoreQueue()
+    private var isReopening = false
+    private var closed = false
+    /// Tries in a row without an answered request.
+    private var troubles = 0
+    /// Why requests wait, as last logged.
+    private var trouble: String?
+    private var pause: LoopTimer?
+    private var watchdog: LoopTimer?
+
+    init(_ opened: PureFlashOpenVolume, loop: EventLoop, buffers: BufferPool, client: any BackendClient)
+        throws(BackendError)
+    {
+        self.opened = opened
+        self.loop = loop
+        self.buffers = buffers
+        self.client = client
+        layout = opened.layout
+        settings = opened.settings
+        logger = opened.logger
+        var geometry = Geometry(size: layout.size, blockSize: StoreProtocol.sector)
+        geometry.maximumTransfer = StoreProtocol.maximumTransfer
+        geometry.boundary = StoreProtocol.objectSize
+        geometry.canTrim = false
+        geometry.canZeroFast = false
+        geometry.hasExtents = false
+        geometry.readOnly = opened.readOnly
+        self.geometry = geometry
+        guard let zeros = buffers.allocate(Int(StoreProtocol.maximumTransfer)) else {
+            throw BackendError(code: ENOMEM, message: "no memory for buffers")
+        }
+        memset(zeros.base, 0, Int(StoreProtocol.maximumTransfer))
+        self.zeros = zeros
+        requests = Slab(capacity: Self.capacity)
+        routes = Array(repeating: -1, count: layout.shards.count)
+        choices = Array(repeating: 0, count: layout.shards.count)
+        pause = LoopTimer(loop: loop) { [unowned self] in reopen() }
+        watchdog = LoopTimer(loop: loop) { [unowned self] in failExpired() }
+        loop.observe(self)
+    }
+
+    func close() {
+        closed = true
+        pause?.cancel()
+        watchdog?.cancel()
+        pause = nil
+        watchdog = nil
+        for connection in connections { connection.close() }
+        buffers.free(zeros)
+        loop.unobserve(self)
+    }
+
+    func resized(to size: UInt64) {
+        geometry.size = size
+        adopt(opened.layout)
+    }
+
+    func placement(offset: UInt64, length: UInt32) -> UnsafeMutableRawPointer? { nil }
+
+    // MARK: Submission
+
+    func submit(_ io: UnsafeMutablePointer<IO>) {
+        switch io.pointee.operation {
+        case .read:
+            guard let buffer = buffers.allocate(Int(io.pointee.length)) else { return finish(io, ENOMEM) }
+            io.pointee.buffer = buffer
+            io.pointee.ownsBuffer = true
+            io.pointee.segment.base = buffer.base
+            io.pointee.segment.count = Int(io.pointee.length)
+            start(io, isWrite: false, buffer.base, io.pointee.length)
+        case .write: start(io, isWrite: true, io.pointee.segment.base, io.pointee.length)
+        case .writeZeroes:
+            if io.pointee.fast { return finish(io, EOPNOTSUPP) }
+            start(io, isWrite: true, zeros.base, min(io.pointee.length, StoreProtocol.maximumTransfer))
+        // A store has no flush: what it has answered is as durable as it gets, and a flush comes after that answer.
+        case .flush: finish(io, 0)
+        // Advice.
+        case .trim, .cache: finish(io, 0)
+        case .extents: describe(io)
+        }
+    }
+
+    /// A store says nothing of holes: all is data.
+    private func describe(_ io: UnsafeMutablePointer<IO>) {
+        guard let buffer = buffers.allocate(BufferPool.blockSize) else { return finish(io, ENOMEM) }
+        io.pointee.buffer = buffer
+        io.pointee.ownsBuffer = true
+        io.pointee.segment.base = buffer.base
+        io.pointee.segment.count = MemoryLayout<Extent>.stride
+        buffer.base.bindMemory(to: Extent.self, capacity: 1).initialize(
+            to: Extent(length: io.pointee.length, flags: 0))
+        finish(io, 0)
+    }
+
+    @inline(__always)
+    private func start(
+        _ io: UnsafeMutablePointer<IO>, isWrite: Bool, _ payload: UnsafeMutableRawPointer, _ length: UInt32
+    ) {
+        guard let request = requests.take() else { return finish(io, EAGAIN) }
+        request.initialize(
+            to: StoreRequest(
+                io: io, payload: payload, offset: io.pointee.offset, length: length,
+                shard: Int32(truncatingIfNeeded: io.pointee.offset / StoreProtocol.shardSize), isWrite: isWrite,
+                deadline: loop.now &+ settings.ioTimeout))
+        append(request)
+        dispatch(request)
+    }
+
+    /// To the connection of its shard, or to those that wait for the conductor.
+    private func dispatch(_ request: UnsafeMutablePointer<StoreRequest>) {
+        guard !isReopening, let connection = connection(of: Int(request.pointee.shard)) else {
+            stranded.append(request)
+            if !isReopening, pause?.isArmed == false { scheduleReopen() }
+            return
+        }
+        connection.enqueue(request)
+    }
+
+    private func connection(of shard: Int) -> StoreConnection? {
+        if routes[shard] < 0 { routes[shard] = route(shard) }
+        return routes[shard] < 0 ? nil : connections[routes[shard]]
+    }
+
+    /// The connection to the address that is used for a shard, made on demand; -1 when there is none.
+    private func route(_ shard: Int) -> Int {
+        let addresses = layout.shards[shard].addresses
+        guard !addresses.isEmpty else { return -1 }
+        let name = addresses[choices[shard] % addresses.count]
+        if let index = connections.firstIndex(where: { $0.name == name }) { return index }
+        guard let address = StoreAddress(name) else { return -1 }
+        connections.append(
+            StoreConnection(
+                name: name, address: address, volumeID: layout.id, settings: settings, loop: loop, buffers: buffers,
+                owner: self))
+        return connections.count - 1
+    }
+
+    /// What goes on the wire for a request, this time.
+    @inline(__always)
+    func encode(_ request: UnsafeMutablePointer<StoreRequest>, id: UInt16) {
+        StoreCommand(
+            request.pointee.isWrite ? .write : .read, id: id, volumeID: layout.id, metaVersion: layout.metaVersion,
+            offset: request.pointee.offset, length: request.pointee.length, sequence: request.pointee.sequence,
+            snapshot: layout.snapshot
+        ).encode(to: UnsafeMutableRawPointer(request))
+    }
+
+    func endOfTurn() {
+        var index = 0
+        while index < connections.count {
+            connections[index].flush()
+            // While a pause lasts nobody is bothered.
+            if pause?.isArmed == false, !isReopening { connections[index].connectIfNeeded() }
+            index &+= 1
+        }
+    }
+
+    // MARK: Completion
+
+    func answered(_ request: UnsafeMutablePointer<StoreRequest>, _ reply: StoreReply) {
+        let status = reply.status
+        if status.asksToReopen || status.code == .notPrimary {
+            request.pointee.sequence &+= 1
+            stranded.append(request)
+            report("a store answered \(status)")
+            if !isReopening, pause?.isArmed == false { troubles == 0 ? reopen() : scheduleReopen() }
+            return
+        }
+        if status.code == .success { recovered() }
+        complete(request, errorNumber(status, request))
+    }
+
+    private func errorNumber(_ status: StoreStatus, _ request: UnsafeMutablePointer<StoreRequest>) -> Int32 {
+        switch status.code {
+        case .success: return 0
+        case .noSpace: return ENOSPC
+        case .readOnly: return EROFS
+        default:
+            logger.error(
+                "a store failed a \(request.pointee.isWrite ? "write" : "read") of \(request.pointee.length) bytes at \(request.pointee.offset): \(status)"
+            )
+            return EIO
+        }
+    }
+
+    private func complete(_ request: UnsafeMutablePointer<StoreRequest>, _ code: Int32) {
+        let io = request.pointee.io
+        remove(request)
+        let length = request.pointee.length
+        requests.give(request)
+        if io.pointee.operation == .writeZeroes, code == 0, length < io.pointee.length {
+            // The next piece of zeros goes on behind it.
+            io.pointee.offset &+= UInt64(length)
+            io.pointee.length &-= length
+            return start(io, isWrite: true, zeros.base, min(io.pointee.length, StoreProtocol.maximumTransfer))
+        }
+        finish(io, code)
+    }
+
+    @inline(__always)
+    private func finish(_ io: UnsafeMutablePointer<IO>, _ code: Int32) {
+        io.pointee.status = code
+        client.completed(io)
+    }
+
+    // MARK: Trouble
+
+    func connected(_ connection: StoreConnection) {
+        logger.info("connected to the store \(connection.name)")
+    }
+
+    /// Its connection is closed: nothing of it is under way.
+    func orphaned(_ request: UnsafeMutablePointer<StoreRequest>) { stranded.append(request) }
+
+    func connectionFailed(_ connection: StoreConnection, _ reason: String) {
+        guard !closed else { return }
+        // The next address of each shard that was served there, unless the conductor has something newer.
+        if let index = connections.firstIndex(where: { $0 === connection }) {
+            for shard in routes.indices where routes[shard] == index {
+                routes[shard] = -1
+                if connection.failures > 1 { choices[shard] &+= 1 }
+            }
+        }
+        guard !stranded.isEmpty else { return logger.info("store \(connection.name): \(reason)") }
+        report("store \(connection.name): \(reason)")
+        if !isReopening, pause?.isArmed == false { scheduleReopen() }
+    }
+
+    /// Says what is wrong once, not for every request and try.
+    private func report(_ reason: String) {
+        guard trouble != reason else { return }
+        trouble = reason
+        logger.warning("I/O waits: \(reason)")
+    }
+
+    @inline(__always)
+    private func recovered() {
+        if troubles > 0 || trouble != nil { clearTrouble() }
+    }
+
+    private func clearTrouble() {
+        troubles = 0
+        trouble = nil
+        logger.info("I/O goes on")
+    }
+
+    private func scheduleReopen() {
+        let longest = min(Self.longestPause, Self.firstPause << UInt64(min(troubles, 5)))
+        troubles += 1
+        // Many hosts lose the same store at the same time.
+        pause?.arm(after: longest / 2 + UInt64.random(in: 0...longest / 2))
+    }
+
+    /// Asks the conductor once for all who wait.
+    private func reopen() {
+        guard !isReopening, !closed else { return }
+        isReopening = true
+        opened.reopen { [weak self] result in
+            guard let self else { return }
+            // When the loop has ended, nobody waits any more.
+            loop.post { self.reopened(result) }
+        }
+    }
+
+    private func reopened(_ result: Result<VolumeLayout, BackendError>) {
+        guard !closed else { return }
+        isReopening = false
+        switch result {
+        case .success(let new):
+            guard new.id == layout.id, new.shards.count >= layout.shards.count, new.size >= geometry.size else {
+                report("the conductor now has another volume under this name; unmap it")
+                return scheduleReopen()
+            }
+            adopt(new)
+        case .failure(let error):
+            // The stores may do without it.
+            report(error.message)
+            guard layout.shards.contains(where: { !$0.addresses.isEmpty }) else { return scheduleReopen() }
+        }
+        sendStranded()
+    }
+
+    private func sendStranded() {
+        var waiting = stranded
+        stranded = StoreQueue()
+        while let request = waiting.removeFirst() { dispatch(request) }
+        loop.runAgain()
+    }
+
+    private func adopt(_ new: VolumeLayout) {
+        let moved = new.shards != layout.shards
+        layout = new
+        guard moved else { return }
+        let grown = new.shards.count - routes.count
+        routes += Array(repeating: -1, count: max(grown, 0))
+        choices += Array(repeating: 0, count: max(grown, 0))
+        for shard in routes.indices {
+            routes[shard] = -1
+            choices[shard] = 0
+        }
+        // What waited for a store that does not serve it any more goes where it is served now.
+        for connection in connections {
+            var waiting = connection.takeWaiting()
+            while let request = waiting.removeFirst() { stranded.append(request) }
+        }
+        sendStranded()
+        logger.info("the shards are served by \(Set(new.shards.compactMap(\.addresses.first)).sorted())")
+    }
+
+    // MARK: Time
+
+    private func append(_ request: UnsafeMutablePointer<StoreRequest>) {
+        request.pointee.older = newest
+        if let newest { newest.pointee.newer = request } else { oldest = request }
+        newest = request
+        if watchdog?.isArmed == false { watchdog?.arm(after: Self.watch) }
+    }
+
+    @inline(__always)
+    private func remove(_ request: UnsafeMutablePointer<StoreRequest>) {
+        let older = request.pointee.older
+        let newer = request.pointee.newer
+        if let older { older.pointee.newer = newer } else { oldest = newer }
+        if let newer { newer.pointee.older = older } else { newest = older }
+    }
+
+    private func failExpired() {
+        while let request = oldest, request.pointee.deadline <= loop.now {
+            if !stranded.remove(request) {
+                for connection in connections where connection.forget(request) { break }
+            }
+            logger.error(
+                "a \(request.pointee.isWrite ? "write" : "read") at \(request.pointee.offset) fails after \(settings.ioTimeout / 1_000_000_000) s: \(trouble ?? "no answer")"
+            )
+            complete(request, EIO)
+        }
+        if oldest != nil { watchdog?.arm(after: Self.watch) }
+        loop.runAgain()
+    }
+}

@@ -1,0 +1,147 @@
+import Backend
+import FoundationEssentials
+import Glibc
+
+/// What a conductor says of a volume it has opened: where each shard is served, and by which version of that.
+package struct VolumeLayout: Equatable, Sendable {
+    package struct Shard: Equatable, Sendable {
+        /// IP addresses of the stores that have it, the primary's first; empty while no replica is usable.
+        package let addresses: [String]
+    }
+
+    package let id: UInt64
+    /// Bytes.
+    package let size: UInt64
+    package let metaVersion: UInt16
+    /// What commands name: a snapshot's number, or `StoreProtocol.head`.
+    package let snapshot: UInt32
+    /// By index: shard `n` has the bytes from `n` times `StoreProtocol.shardSize` on.
+    package let shards: [Shard]
+}
+
+/// A conductor's answer to any request; `Answer` adds what the request asked for.
+struct ConductorStatus: Decodable {
+    let code: Int
+    let reason: String?
+
+    enum CodingKeys: String, CodingKey {
+        case code = "ret_code"
+        case reason
+    }
+}
+
+/// `open_volume_reply`, as recorded.
+struct OpenVolumeAnswer: Decodable {
+    struct Shard: Decodable {
+        let index: Int
+        /// Separated by commas.
+        let addresses: String
+
+        enum CodingKeys: String, CodingKey {
+            case index
+            case addresses = "store_ips"
+        }
+    }
+
+    let size: UInt64
+    let id: UInt64
+    let shardCount: Int
+    let metaVersion: Int
+    let snapshot: Int64
+    let shards: [Shard]
+    /// log2 of a shard's bytes.
+    let shardOrder: Int?
+
+    enum CodingKeys: String, CodingKey {
+        case size = "volume_size"
+        case id = "volume_id"
+        case shardCount = "shard_count"
+        case metaVersion = "meta_ver"
+        case snapshot = "snap_seq"
+        case shards
+        case shardOrder = "shard_lba_cnt_order"
+    }
+
+    /// - Throws: EPROTO with what is wrong: data is never written by a layout that is not understood.
+    func layout() throws(BackendError) -> VolumeLayout {
+        guard size > 0, size % UInt64(StoreProtocol.sector) == 0, size <= UInt64(Int64.max) else {
+            throw Self.wrong("a volume size of \(size)")
+        }
+        guard id > 0, id % StoreProtocol.volumeIDUnit == 0 else { throw Self.wrong("the volume id \(id)") }
+        if let shardOrder, UInt64(1) << UInt64(clamping: min(max(shardOrder, 0), 63)) != StoreProtocol.shardSize {
+            throw Self.wrong("shards of 2^\(shardOrder) bytes")
+        }
+        guard UInt64(shards.count) == (size - 1) / StoreProtocol.shardSize + 1, shardCount == shards.count else {
+            throw Self.wrong("\(shards.count) shards, shard_count \(shardCount), of a volume of \(size) bytes")
+        }
+        let sorted = shards.sorted { $0.index < $1.index }
+        guard sorted.map(\.index) == Array(0..<sorted.count) else {
+            throw Self.wrong("the shards \(sorted.map(\.index))")
+        }
+        guard let snapshot = snapshot == -1 ? StoreProtocol.head : UInt32(exactly: snapshot) else {
+            throw Self.wrong("snap_seq \(snapshot)")
+        }
+        var known: [VolumeLayout.Shard] = []
+        for shard in sorted {
+            let addresses = shard.addresses.split(separator: ",").map { String($0.filter { $0 != " " }) }
+            for address in addresses where StoreAddress(address) == nil {
+                throw Self.wrong("'\(address.prefix(64))' for the address of a store")
+            }
+            known.append(VolumeLayout.Shard(addresses: addresses))
+        }
+        return VolumeLayout(
+            id: id, size: size, metaVersion: UInt16(truncatingIfNeeded: metaVersion), snapshot: snapshot, shards: known)
+    }
+
+    private static func wrong(_ what: String) -> BackendError {
+        BackendError(code: EPROTO, message: "the conductor's answer to open_volume has \(what)")
+    }
+}
+
+/// `create_volume_reply`, as recorded.
+struct CreateVolumeAnswer: Decodable {
+    let id: UInt64
+    let size: UInt64
+}
+
+/// `list_volume_reply`.
+struct ListVolumeAnswer: Decodable {
+    struct Volume: Decodable {
+        let id: UInt64
+        let name: String
+        let size: UInt64
+    }
+    let volumes: [Volume]
+}
+
+/// An IP address with the port that all stores listen on.
+package struct StoreAddress: Sendable {
+    let storage: sockaddr_storage
+    let length: socklen_t
+    var family: Int32 { Int32(storage.ss_family) }
+
+    /// - Parameter text: IPv4 or IPv6, without a port; nil for anything else.
+    package init?(_ text: String, port: UInt16 = StoreProtocol.port) {
+        var storage = sockaddr_storage()
+        var four = sockaddr_in()
+        var six = sockaddr_in6()
+        if inet_pton(AF_INET, text, &four.sin_addr) == 1 {
+            four.sin_family = sa_family_t(AF_INET)
+            four.sin_port = port.bigEndian
+            withUnsafeMutableBytes(of: &storage) { storage in
+                withUnsafeBytes(of: four) { storage.copyMemory(from: $0) }
+            }
+            length = socklen_t(MemoryLayout<sockaddr_in>.size)
+        } else if inet_pton(AF_INET6, text, &six.sin6_addr) == 1 {
+            six.sin6_family = sa_family_t(AF_INET6)
+            six.sin6_port = port.bigEndian
+            withUnsafeMutableBytes(of: &storage) { storage in
+                withUnsafeBytes(of: six) { storage.copyMemory(from: $0) }
+            }
+            length = socklen_t(MemoryLayout<sockaddr_in6>.size)
+        } else {
+            return nil
+        }
+        self.storage = storage
+    }
+}
