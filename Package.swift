@@ -100,7 +100,7 @@ let package = Package(
         .testTarget(name: "EventLoopTests", dependencies: ["EventLoop"]),
         .testTarget(name: "NBDTests", dependencies: ["NBD"]),
         .testTarget(name: "LocalPoolTests", dependencies: ["LocalPool"]),
-        .testTarget(name: "PureFlashTests", dependencies: ["PureFlash"]),
+        .testTarget(name: "PureFlashTests", dependencies: ["PureFlash", "Backend"]),
         .testTarget(name: "VolumesTests", dependencies: ["Volumes"]),
     ],
     swiftLanguageModes: [.v6]

@@ -1,5 +1,4 @@
 import Backend
-import FoundationEssentials
 import Glibc
 import NIOCore
 import NIOHTTP1
@@ -95,7 +94,7 @@ package final class ConductorClient: Sendable {
     ) -> EventLoopFuture<Answer> {
         let query = ([("op", operation)] + parameters).map { "\($0)=\(Self.escaped($1))" }.joined(separator: "&")
         return get("/s5c/?\(query)", from: endpoints[...], on: Self.group.any()).flatMapThrowing { body in
-            try Self.decode(Answer.self, operation, body)
+            try ConductorStatus.decode(Answer.self, operation, body)
         }
     }
 
@@ -152,37 +151,6 @@ package final class ConductorClient: Sendable {
             code: code,
             message: "the conductor \(endpoint) cannot be reached: \(reason); look whether it runs, and at [conductor]"
                 + " endpoints")
-    }
-
-    private static func decode<Answer: Decodable>(
-        _ type: Answer.Type, _ operation: String, _ body: [UInt8]
-    ) throws(BackendError) -> Answer {
-        do {
-            let decoder = JSONDecoder()
-            let data = Data(body)
-            let status = try decoder.decode(ConductorStatus.self, from: data)
-            guard status.code == 0 else { throw refusal(operation, status) }
-            return try decoder.decode(type, from: data)
-        } catch let error as BackendError {
-            throw error
-        } catch {
-            throw BackendError(
-                code: EPROTO, message: "the conductor's answer to \(operation) was not understood: \(error)")
-        }
-    }
-
-    /// A conductor's codes: 0 ok, 1 invalid operation or exception, 2 invalid argument, 3 duplicated node, 4 database,
-    /// 5 remote, 6 already done, 7 invalid state.
-    private static func refusal(_ operation: String, _ status: ConductorStatus) -> BackendError {
-        let reason = status.reason.map { ": \($0.prefix(400))" } ?? ""
-        let code: Int32 =
-            switch status.code {
-            case 2: operation == "create_volume" ? EINVAL : ENOENT
-            case 3, 6: EEXIST
-            case 7: EBUSY
-            default: EREMOTEIO
-            }
-        return BackendError(code: code, message: "the conductor refused \(operation) (\(status.code))\(reason)")
     }
 
     private static func escaped(_ text: String) -> String {

@@ -39,6 +39,8 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     /// Nanoseconds between two looks at the oldest request.
     private static let watch: UInt64 = 250_000_000
     private static let capacity = 8192
+    /// Different reasons that are logged of one trouble.
+    private static let mostReported = 16
 
     private(set) var geometry: Geometry
     let logger: Logger
@@ -65,8 +67,10 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     private var closed = false
     /// Tries in a row without an answered request.
     private var troubles = 0
-    /// Why requests wait, as last logged.
+    /// Why requests wait.
     private var trouble: String?
+    /// What was logged of it since I/O last went on.
+    private var reported: Set<String> = []
     private var pause: LoopTimer?
     private var watchdog: LoopTimer?
 
@@ -290,8 +294,8 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
 
     /// Says what is wrong once, not for every request and try.
     private func report(_ reason: String) {
-        guard trouble != reason else { return }
         trouble = reason
+        guard reported.count < Self.mostReported, reported.insert(reason).inserted else { return }
         logger.warning("I/O waits: \(reason)")
     }
 
@@ -303,6 +307,7 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     private func clearTrouble() {
         troubles = 0
         trouble = nil
+        reported = []
         logger.info("I/O goes on")
     }
 

@@ -7,6 +7,8 @@ package struct VolumeLayout: Equatable, Sendable {
     package struct Shard: Equatable, Sendable {
         /// IP addresses of the stores that have it, the primary's first; empty while no replica is usable.
         package let addresses: [String]
+
+        package init(addresses: [String]) { self.addresses = addresses }
     }
 
     package let id: UInt64
@@ -17,6 +19,20 @@ package struct VolumeLayout: Equatable, Sendable {
     package let snapshot: UInt32
     /// By index: shard `n` has the bytes from `n` times `StoreProtocol.shardSize` on.
     package let shards: [Shard]
+
+    package init(id: UInt64, size: UInt64, metaVersion: UInt16, snapshot: UInt32, shards: [Shard]) {
+        self.id = id
+        self.size = size
+        self.metaVersion = metaVersion
+        self.snapshot = snapshot
+        self.shards = shards
+    }
+
+    /// - Parameter body: of the answer to open_volume.
+    /// - Throws: the conductor's refusal; EPROTO for what is not understood.
+    package init(decoding body: [UInt8]) throws(BackendError) {
+        self = try ConductorStatus.decode(OpenVolumeAnswer.self, "open_volume", body).layout()
+    }
 }
 
 /// A conductor's answer to any request; `Answer` adds what the request asked for.
@@ -27,6 +43,39 @@ struct ConductorStatus: Decodable {
     enum CodingKeys: String, CodingKey {
         case code = "ret_code"
         case reason
+    }
+
+    /// What a conductor has answered to an operation.
+    /// - Throws: its refusal; EPROTO for what is no answer.
+    static func decode<Answer: Decodable>(
+        _ type: Answer.Type, _ operation: String, _ body: [UInt8]
+    ) throws(BackendError) -> Answer {
+        do {
+            let decoder = JSONDecoder()
+            let data = Data(body)
+            let status = try decoder.decode(ConductorStatus.self, from: data)
+            guard status.code == 0 else { throw refusal(operation, status) }
+            return try decoder.decode(type, from: data)
+        } catch let error as BackendError {
+            throw error
+        } catch {
+            throw BackendError(
+                code: EPROTO, message: "the conductor's answer to \(operation) was not understood: \(error)")
+        }
+    }
+
+    /// A conductor's codes: 0 ok, 1 invalid operation or exception, 2 invalid argument, 3 duplicated node, 4 database,
+    /// 5 remote, 6 already done, 7 invalid state.
+    private static func refusal(_ operation: String, _ status: ConductorStatus) -> BackendError {
+        let reason = status.reason.map { ": \($0.prefix(400))" } ?? ""
+        let code: Int32 =
+            switch status.code {
+            case 2: operation == "create_volume" ? EINVAL : ENOENT
+            case 3, 6: EEXIST
+            case 7: EBUSY
+            default: EREMOTEIO
+            }
+        return BackendError(code: code, message: "the conductor refused \(operation) (\(status.code))\(reason)")
     }
 }
 

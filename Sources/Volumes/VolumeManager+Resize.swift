@@ -26,7 +26,7 @@ extension VolumeManager {
             }
             let opened = mapping.volume.opened
             let before = opened.record.size
-            let record = try await blocking.run { () throws(BackendError) in try opened.grow(to: size) }
+            let record = try await BlockingThread.alone { () throws(BackendError) in try opened.grow(to: size) }
             await mapping.volume.resized()
             if let device = mapping.device {
                 do throws(BackendError) {
@@ -51,7 +51,9 @@ extension VolumeManager {
     ) async throws(BackendError) -> VolumeRecord {
         let name = "\(pool.name)/\(volume)"
         return try await names.run(name) { [self] () throws(BackendError) in
-            let record = try await blocking.run { () throws(BackendError) in try pool.grow(volume: volume, to: size) }
+            let record = try await BlockingThread.alone { () throws(BackendError) in
+                try pool.grow(volume: volume, to: size)
+            }
             logger.info("has \(record.size) bytes now", metadata: ["volume": "\(name)"])
             return record
         }

@@ -153,7 +153,7 @@ package final class VolumeManager: Sendable {
             throw BackendError(
                 code: EINVAL, message: "size \(size): it must be a multiple of the block size, \(blockSize) bytes")
         }
-        let record = try await blocking.run { () throws(BackendError) in
+        let record = try await BlockingThread.alone { () throws(BackendError) in
             try pool.create(volume: volume, size: size, blockSize: blockSize)
         }
         logger.info("created, \(size) bytes", metadata: ["volume": "\(pool.name)/\(volume)"])
@@ -166,14 +166,16 @@ package final class VolumeManager: Sendable {
             if let mapping = mapping(name), mapping.pool === pool {
                 throw BackendError(code: EBUSY, message: "\(name) is mapped; unmap it first: qbd unmap \(name)")
             }
-            try await blocking.run { () throws(BackendError) in try pool.delete(volume: volume, snapshots: snapshots) }
+            try await BlockingThread.alone { () throws(BackendError) in
+                try pool.delete(volume: volume, snapshots: snapshots)
+            }
         }
         logger.info("deleted", metadata: ["volume": "\(name)"])
         tidy(pool)
     }
 
     package func volumes(_ pool: any VolumePool) async throws(BackendError) -> [VolumeRecord] {
-        try await blocking.run { () throws(BackendError) in try pool.list() }
+        try await BlockingThread.alone { () throws(BackendError) in try pool.list() }
     }
 
     // MARK: Mapping
@@ -325,7 +327,8 @@ package final class VolumeManager: Sendable {
         var isFirst = true
         while true {
             do throws(BackendError) {
-                return try await blocking.run { () throws(BackendError) in
+                // A cluster may take its time, and holds up nobody else.
+                return try await BlockingThread.alone { () throws(BackendError) in
                     try pool.open(volume: volume, readOnly: options.readOnly)
                 }
             } catch {

@@ -1,0 +1,62 @@
+import Backend
+import PureFlash
+import Testing
+
+/// Answers of a running conductor, and what must not be taken for one.
+@Suite struct ConductorAnswerTests {
+    /// As recorded, spaces taken out; each test changes one thing.
+    static let recorded = """
+        {"status":"OK","volume_name":"test_v1","volume_size":2147483648,"volume_id":1107296256,"shard_count":1,\
+        "rep_count":1,"meta_ver":0,"snap_seq":-1,"shards":[{"index":0,"store_ips":"127.0.0.1","status":"OK",\
+        "is_shareddisk":0}],"shard_lba_cnt_order":36,"op":"open_volume_reply","ret_code":0}
+        """
+
+    static func changed(_ old: String, _ new: String) throws -> [UInt8] {
+        let pieces = recorded.split(separator: old, omittingEmptySubsequences: false)
+        try #require(pieces.count == 2, "\(old) stands in the answer once")
+        return Array((pieces[0] + new + pieces[1]).utf8)
+    }
+
+    @Test func theRecordedOne() throws {
+        let layout = try VolumeLayout(decoding: Array(Self.recorded.utf8))
+        #expect(
+            layout
+                == VolumeLayout(
+                    id: 0x4200_0000, size: 2 << 30, metaVersion: 0, snapshot: .max,
+                    shards: [.init(addresses: ["127.0.0.1"])]))
+    }
+
+    @Test func severalStoresAndShards() throws {
+        let shards = """
+            "volume_size":140000000000,"volume_id":1107296256,"shard_count":3,"rep_count":1,"meta_ver":7,"snap_seq":2,\
+            "shards":[{"index":2,"store_ips":""},{"index":0,"store_ips":"10.0.0.1, 10.0.0.2"},\
+            {"index":1,"store_ips":"fe80::1"}]
+            """
+        let layout = try VolumeLayout(decoding: Array("{\(shards),\"ret_code\":0}".utf8))
+        #expect(layout.size == 140_000_000_000)
+        #expect(layout.metaVersion == 7)
+        #expect(layout.snapshot == 2)
+        #expect(layout.shards.map(\.addresses) == [["10.0.0.1", "10.0.0.2"], ["fe80::1"], []])
+    }
+
+    @Test(arguments: [
+        ("2147483648", "0"), ("2147483648", "2147483649"), ("2147483648", "-1"), ("2147483648", "99999999999"),
+        ("2147483648", "99999999999999999999"), ("1107296256", "1107296257"), ("1107296256", "0"),
+        ("\"shard_count\":1", "\"shard_count\":2"), ("\"index\":0", "\"index\":1"), ("127.0.0.1", "example.org"),
+        ("127.0.0.1", "127.0.0.1:49162"), (":36", ":35"), (":36", ":-1"), (":36", ":9999"),
+        ("\"snap_seq\":-1", "\"snap_seq\":-2"), ("\"shards\"", "\"shreds\""), ("{\"status\"", "\"status\""),
+    ])
+    func whatIsNotUnderstoodIsRefused(old: String, new: String) throws {
+        let answer = try Self.changed(old, new)
+        #expect { try VolumeLayout(decoding: answer) } throws: { ($0 as? BackendError)?.code == 71 }
+    }
+
+    @Test(arguments: [(2, 2), (6, 17), (7, 16), (1, 121), (99, 121)])
+    func refusals(code: Int, expected: Int) throws {
+        let answer = Array("{\"ret_code\":\(code),\"reason\":\"not today\"}".utf8)
+        #expect { try VolumeLayout(decoding: answer) } throws: { error in
+            let error = error as? BackendError
+            return error?.code == Int32(expected) && error?.message.contains("not today") == true
+        }
+    }
+}
