@@ -44,9 +44,10 @@ package final class ConductorClient: Sendable {
             "open_volume", [("volume_name", volume), ("snapshot_name", snapshot), ("tenant_name", tenant)],
             of: OpenVolumeAnswer.self
         ).whenComplete { result in
-            completion(Self.outcome(result).flatMap { answer in
-                do throws(BackendError) { return .success(try answer.layout()) } catch { return .failure(error) }
-            })
+            completion(
+                Self.outcome(result).flatMap { answer in
+                    do throws(BackendError) { return .success(try answer.layout()) } catch { return .failure(error) }
+                })
         }
     }
 

@@ -22,7 +22,8 @@ package final class PureFlashPool: VolumePool {
 
     package func create(volume: String, size: UInt64, blockSize: UInt32) throws(BackendError) -> VolumeRecord {
         guard blockSize == StoreProtocol.sector else {
-            throw BackendError(code: EINVAL, message: "block size \(blockSize): a PureFlash volume has blocks of 512 bytes")
+            throw BackendError(
+                code: EINVAL, message: "block size \(blockSize): a PureFlash volume has blocks of 512 bytes")
         }
         let made = try conductor.create(tenant: name, volume: volume, size: size)
         return record(made.id, volume, made.size)
@@ -75,7 +76,8 @@ package final class PureFlashPool: VolumePool {
                 let layout = try open(volumeNamed: volume)
                 if layout.shards.allSatisfy({ !$0.addresses.isEmpty }) { return layout }
                 problem = BackendError(
-                    code: EHOSTDOWN, message: "\(name)/\(volume): no store serves all of it (a shard has no usable replica)")
+                    code: EHOSTDOWN,
+                    message: "\(name)/\(volume): no store serves all of it (a shard has no usable replica)")
             } catch {
                 switch error.code {
                 case ECONNREFUSED, EHOSTUNREACH, ENETUNREACH, ETIMEDOUT, ECONNRESET, EREMOTEIO: problem = error
@@ -144,7 +146,8 @@ final class PureFlashOpenVolume: OpenVolume {
         if let size {
             guard !readOnly else {
                 throw BackendError(
-                    code: EROFS, message: "\(pool.name)/\(current.volume) is mapped read-only; map it writable to grow it")
+                    code: EROFS,
+                    message: "\(pool.name)/\(current.volume) is mapped read-only; map it writable to grow it")
             }
             _ = try pool.grow(current, to: size)
         }
@@ -153,7 +156,8 @@ final class PureFlashOpenVolume: OpenVolume {
         guard layout.id == current.id, layout.size >= current.size else {
             throw BackendError(
                 code: ESTALE,
-                message: "\(pool.name)/\(current.volume) is another volume now, or a smaller one (\(layout.size) bytes);"
+                message:
+                    "\(pool.name)/\(current.volume) is another volume now, or a smaller one (\(layout.size) bytes);"
                     + " unmap it")
         }
         let grown = current.resized(to: layout.size)
