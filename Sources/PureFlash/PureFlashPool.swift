@@ -29,7 +29,10 @@ package final class PureFlashPool: VolumePool {
         return record(made.id, volume, made.size)
     }
 
-    package func delete(volume: String) throws(BackendError) { try conductor.delete(tenant: name, volume: volume) }
+    /// Its snapshots go with it, or hinder it, as the conductor does.
+    package func delete(volume: String, snapshots: Bool) throws(BackendError) {
+        try conductor.delete(tenant: name, volume: volume)
+    }
 
     package func list() throws(BackendError) -> [VolumeRecord] {
         try conductor.list(tenant: name).map { record($0.id, $0.name, $0.size) }.sorted { $0.volume < $1.volume }
@@ -62,7 +65,7 @@ package final class PureFlashPool: VolumePool {
     package func open(volume: String, readOnly: Bool) throws(BackendError) -> any OpenVolume {
         let layout = try openPatiently(volume)
         return PureFlashOpenVolume(
-            pool: self, conductor: conductor, settings: settings, layout: layout,
+            pool: self, settings: settings, layout: layout,
             record: record(layout.id, volume, layout.size), readOnly: readOnly || layout.snapshot != StoreProtocol.head,
             logger: logger)
     }
@@ -93,10 +96,22 @@ package final class PureFlashPool: VolumePool {
         }
     }
 
+    /// - Parameters:
+    ///   - volume: `volume`, or `volume@snapshot`.
+    ///   - completion: called on a thread of the conductor's client.
+    fileprivate func open(
+        volumeNamed volume: String, completion: @escaping @Sendable (Result<VolumeLayout, BackendError>) -> Void
+    ) {
+        let parts = volume.split(separator: "@", maxSplits: 1)
+        conductor.open(
+            tenant: name, volume: String(parts.first ?? ""), snapshot: parts.count > 1 ? String(parts[1]) : "",
+            completion: completion)
+    }
+
     fileprivate func open(volumeNamed volume: String) throws(BackendError) -> VolumeLayout {
         let answer = Answer<Result<VolumeLayout, BackendError>>()
         let done = Semaphore()
-        conductor.open(tenant: name, volume: volume, snapshot: "") { result in
+        open(volumeNamed: volume) { result in
             answer.set(result)
             done.signal()
         }
@@ -108,7 +123,6 @@ package final class PureFlashPool: VolumePool {
 /// A volume that the conductor has opened.
 final class PureFlashOpenVolume: OpenVolume {
     private let pool: PureFlashPool
-    private let conductor: ConductorClient
     let settings: PureFlashSettings
     private let known: Mutex<(record: VolumeRecord, layout: VolumeLayout)>
     let readOnly: Bool
@@ -122,11 +136,10 @@ final class PureFlashOpenVolume: OpenVolume {
     var protocolName: String { "tcp" }
 
     init(
-        pool: PureFlashPool, conductor: ConductorClient, settings: PureFlashSettings, layout: VolumeLayout,
+        pool: PureFlashPool, settings: PureFlashSettings, layout: VolumeLayout,
         record: VolumeRecord, readOnly: Bool, logger: Logger
     ) {
         self.pool = pool
-        self.conductor = conductor
         self.settings = settings
         known = Mutex((record, layout))
         self.readOnly = readOnly
@@ -167,7 +180,7 @@ final class PureFlashOpenVolume: OpenVolume {
 
     /// Calls back on a thread of the conductor's client.
     func reopen(_ completion: @escaping @Sendable (Result<VolumeLayout, BackendError>) -> Void) {
-        conductor.open(tenant: pool.name, volume: record.volume, snapshot: "", completion: completion)
+        pool.open(volumeNamed: record.volume, completion: completion)
     }
 
     func close() {}
