@@ -62,38 +62,17 @@ package final class PureFlashPool: VolumePool {
         VolumeRecord(id: id, volume: volume, size: size, blockSize: StoreProtocol.sector, created: 0)
     }
 
+    /// Fails with a code that says that time will help while the conductor is not there yet, or a shard has no store.
     package func open(volume: String, readOnly: Bool) throws(BackendError) -> any OpenVolume {
-        let layout = try openPatiently(volume)
-        return PureFlashOpenVolume(
-            pool: self, settings: settings, layout: layout,
-            record: record(layout.id, volume, layout.size), readOnly: readOnly || layout.snapshot != StoreProtocol.head,
-            logger: logger)
-    }
-
-    /// Tries again while the conductor or a store is not there yet; what needs a person is said at once.
-    private func openPatiently(_ volume: String) throws(BackendError) -> VolumeLayout {
-        let deadline = monotonicNanoseconds() + settings.openTimeout
-        while true {
-            let problem: BackendError
-            do throws(BackendError) {
-                let layout = try open(volumeNamed: volume)
-                if layout.shards.allSatisfy({ !$0.addresses.isEmpty }) { return layout }
-                problem = BackendError(
-                    code: EHOSTDOWN,
-                    message: "\(name)/\(volume): no store serves all of it (a shard has no usable replica)")
-            } catch {
-                switch error.code {
-                case ECONNREFUSED, EHOSTUNREACH, ENETUNREACH, ETIMEDOUT, ECONNRESET, EREMOTEIO: problem = error
-                default: throw error
-                }
-            }
-            guard monotonicNanoseconds() + 1_000_000_000 < deadline else {
-                throw BackendError(code: problem.code, message: problem.message)
-            }
-            logger.warning("not open yet: \(problem.message)", metadata: ["volume": "\(name)/\(volume)"])
-            var second = timespec(tv_sec: 1, tv_nsec: 0)
-            nanosleep(&second, nil)
+        let layout = try open(volumeNamed: volume)
+        guard layout.shards.allSatisfy({ !$0.addresses.isEmpty }) else {
+            throw BackendError(
+                code: EHOSTDOWN,
+                message: "no store serves all of \(name)/\(volume): a shard has no usable replica; look at the stores")
         }
+        return PureFlashOpenVolume(
+            pool: self, settings: settings, layout: layout, record: record(layout.id, volume, layout.size),
+            readOnly: readOnly || layout.snapshot != StoreProtocol.head, logger: logger)
     }
 
     /// - Parameters:

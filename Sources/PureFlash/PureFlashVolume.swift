@@ -14,15 +14,12 @@ package struct PureFlashSettings: Hashable, Sendable {
     package var ioTimeout: UInt64
     /// Nanoseconds for a connection with its handshake, and for one answer of a conductor.
     package var connectTimeout: UInt64
-    /// Nanoseconds for opening a volume, all tries together.
-    package var openTimeout: UInt64
 
-    package init(noDelay: Bool, depth: Int, ioTimeout: UInt64, connectTimeout: UInt64, openTimeout: UInt64) {
+    package init(noDelay: Bool, depth: Int, ioTimeout: UInt64, connectTimeout: UInt64) {
         self.noDelay = noDelay
         self.depth = depth
         self.ioTimeout = ioTimeout
         self.connectTimeout = connectTimeout
-        self.openTimeout = openTimeout
     }
 }
 

@@ -143,8 +143,7 @@ extension PureFlashSettings {
     init(_ client: DaemonConfiguration.Client) {
         self.init(
             noDelay: client.tcpNoDelay, depth: client.ioDepth, ioTimeout: UInt64(client.ioTimeout.nanoseconds),
-            connectTimeout: UInt64(client.connTimeout.nanoseconds),
-            openTimeout: UInt64(client.openVolumeTimeout.nanoseconds))
+            connectTimeout: UInt64(client.connTimeout.nanoseconds))
     }
 }
 
