@@ -33,7 +33,7 @@ MACHINE := qemu-system-x86 busybox-static cpio kmod nbd-client dmsetup e2fsprogs
 NEED_BUILD := scripts/need.sh "build qbd" $(BUILDING)
 NEED_DEMO := scripts/need.sh "run the demo" $(BUILDING) libnbd-bin:nbdcopy
 NEED_BENCH := scripts/need.sh "measure beside the peers" $(BUILDING) $(CLIENTS)
-NEED_TESTS := scripts/need.sh "run all tests" $(BUILDING) $(CLIENTS) python3-pytest mandoc:mandoc zsh:zsh $(MACHINE)
+NEED_TESTS := scripts/need.sh "run all tests" $(BUILDING) $(CLIENTS) python3-pytest mandoc:mandoc strace:strace zsh:zsh $(MACHINE)
 NEED_VM := scripts/need.sh "run a virtual machine" $(BUILDING) $(CLIENTS) python3-pytest $(MACHINE)
 
 .PHONY: help

@@ -127,7 +127,14 @@ final class StoreConnection: EventSource {
         patience = nil
         if let token { loop.remove(token, descriptor: descriptor) }
         token = nil
-        if descriptor >= 0 { Glibc.close(descriptor) }
+        if descriptor >= 0 {
+            // What is unsent is thrown away, and the store hears of the end at once, in front of what it has not read.
+            if inFlight > 0 {
+                var now = linger(l_onoff: 1, l_linger: 0)
+                setsockopt(descriptor, SOL_SOCKET, SO_LINGER, &now, socklen_t(MemoryLayout<linger>.size))
+            }
+            Glibc.close(descriptor)
+        }
         descriptor = -1
         if let input { buffers.free(input) }
         input = nil
