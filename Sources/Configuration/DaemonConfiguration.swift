@@ -39,6 +39,8 @@ package struct DaemonConfiguration: Sendable {
         package internal(set) var tcpNoDelay = true
         /// Requests in flight on one connection, 1 to 255.
         package internal(set) var ioDepth = 64
+        /// TCP port of the stores' data connections.
+        package internal(set) var storePort = 49162
         /// How long one I/O may take, retries included, before it fails.
         package internal(set) var ioTimeout = Duration.seconds(30)
         /// How long connecting to a store may take.

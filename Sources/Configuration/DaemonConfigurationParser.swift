@@ -126,6 +126,8 @@ extension DaemonConfigurationParser {
                 value, of: key, defaultPort: DaemonConfiguration.Conductor.defaultPort)
         case ("client", "tcp_no_delay"):
             configuration.client.tcpNoDelay = try Value.flag(value, of: key)
+        case ("client", "store_port"):
+            configuration.client.storePort = try Value.integer(value, of: key, in: 1...65535)
         case ("client", "io_depth"):
             configuration.client.ioDepth = try Value.integer(value, of: key, in: 1...255)
         case ("client", "io_timeout"):

@@ -8,6 +8,8 @@ import Logging
 package struct PureFlashSettings: Hashable, Sendable {
     /// TCP_NODELAY.
     package var noDelay: Bool
+    /// TCP port of all stores.
+    package var port: UInt16
     /// Commands in flight on one connection, 1...255.
     package var depth: Int
     /// Nanoseconds from a request's arrival until it fails, whatever was tried meanwhile.
@@ -15,8 +17,9 @@ package struct PureFlashSettings: Hashable, Sendable {
     /// Nanoseconds for a connection with its handshake, and for one answer of a conductor.
     package var connectTimeout: UInt64
 
-    package init(noDelay: Bool, depth: Int, ioTimeout: UInt64, connectTimeout: UInt64) {
+    package init(noDelay: Bool, port: UInt16, depth: Int, ioTimeout: UInt64, connectTimeout: UInt64) {
         self.noDelay = noDelay
+        self.port = port
         self.depth = depth
         self.ioTimeout = ioTimeout
         self.connectTimeout = connectTimeout
@@ -190,7 +193,7 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
         guard !addresses.isEmpty else { return -1 }
         let name = addresses[choices[shard] % addresses.count]
         if let index = connections.firstIndex(where: { $0.name == name }) { return index }
-        guard let address = StoreAddress(name) else { return -1 }
+        guard let address = StoreAddress(name, port: settings.port) else { return -1 }
         connections.append(
             StoreConnection(
                 name: name, address: address, volumeID: layout.id, settings: settings, loop: loop, buffers: buffers,
