@@ -60,6 +60,8 @@ extension Volume {
                     session.drain()
                     dropHeld(of: session)
                 }
+                // Idle ones are closed already; a timer would end the next ones.
+                guard !kernel.sessions.isEmpty else { return loop.runAgain() }
                 let timer = LoopTimer(loop: loop) { [unowned self] in
                     closeKernel("has requests that were not answered within \(grace) s")
                 }
