@@ -63,6 +63,7 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     private var newest: UnsafeMutablePointer<StoreRequest>?
     /// Wait for a layout.
     private var stranded = StoreQueue()
+    private var sequence = UInt32.random(in: 0..<1 << 24) << 8
     private var isReopening = false
     private var closed = false
     /// Tries in a row without an answered request.
@@ -165,11 +166,20 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
         guard let request = requests.take() else { return finish(io, EAGAIN) }
         request.initialize(
             to: StoreRequest(
-                io: io, payload: payload, offset: io.pointee.offset, length: length,
+                io: io, payload: payload, offset: io.pointee.offset, length: length, sequence: nextSequence(),
                 shard: Int32(truncatingIfNeeded: io.pointee.offset / StoreProtocol.shardSize), isWrite: isWrite,
                 deadline: loop.now &+ settings.ioTimeout))
         append(request)
         dispatch(request)
+    }
+
+    /// A store takes it as it comes. Replies have no mark by which they are known: should a store lose its place in what
+    /// it sends, zeros or another's data must not pass for an answer, so 0 and those in use are no sequence to begin with.
+    @inline(__always)
+    private func nextSequence() -> UInt32 {
+        sequence &+= 256
+        if sequence == 0 { sequence = 256 }
+        return sequence
     }
 
     /// To the connection of its shard, or to those that wait for the conductor.

@@ -429,7 +429,6 @@ final class StoreConnection: EventSource {
         for index in 0..<depth {
             guard let request = slots[index] else { continue }
             slots[index] = nil
-            // 0 on the wire is a first try.
             request.pointee.sequence &+= 1
             orphans.append(request)
         }

@@ -11,8 +11,8 @@ struct StoreRequest {
     var offset: UInt64
     /// Bytes.
     var length: UInt32
-    /// How often it was sent before.
-    var sequence: UInt32 = 0
+    /// What the reply must bring back: unlike that of any other request, and one more with each time it is sent.
+    var sequence: UInt32
     var shard: Int32
     var isWrite: Bool
     /// All of it is in the socket: an answer may come.
