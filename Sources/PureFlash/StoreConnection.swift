@@ -384,6 +384,9 @@ final class StoreConnection: EventSource {
                 continue
             }
             guard end - start >= StoreReply.size else { return }
+            guard StoreReply.isWellFormed(input.base + start) else {
+                return fail("bytes where a reply should begin that are none")
+            }
             let reply = StoreReply(decoding: input.base + start)
             start += StoreReply.size
             guard Int(reply.id) < depth, let request = slots[Int(reply.id)],

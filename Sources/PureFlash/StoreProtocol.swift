@@ -150,6 +150,14 @@ package struct StoreReply: Equatable, Sendable {
     package var sequence: UInt32
     package var block: UInt32 = 0
 
+    /// Whether the fields without a meaning are zero: the only mark by which a reply is known from other bytes.
+    /// - Parameter bytes: `size` bytes of any alignment.
+    @inline(__always)
+    package static func isWellFormed(_ bytes: UnsafeRawPointer) -> Bool {
+        bytes.load(littleEndian: UInt16.self, at: 6) == 0 && bytes.load(littleEndian: UInt64.self, at: 16) == 0
+            && bytes.load(littleEndian: UInt64.self, at: 24) == 0
+    }
+
     package init(status: StoreStatus, metaVersion: UInt16 = 0, id: UInt16, sequence: UInt32) {
         self.status = status
         self.metaVersion = metaVersion

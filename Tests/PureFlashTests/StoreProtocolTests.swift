@@ -111,6 +111,14 @@ private func decoded<Message>(_ bytes: [UInt8], _ decode: (UnsafeRawPointer) -> 
         #expect(encoded(StoreReply.size, message.encode) == frame)
     }
 
+    @Test(arguments: [6, 7, 16, 20, 31])
+    func whatIsNoReplyIsKnownByItsZeros(at index: Int) throws {
+        var frame = [UInt8](repeating: 0, count: StoreReply.size)
+        #expect(try decoded(frame, StoreReply.isWellFormed))
+        frame[index] = 1
+        #expect(try !decoded(frame, StoreReply.isWellFormed))
+    }
+
     @Test func everyFieldOfAReply() throws {
         var message = StoreReply(
             status: .notPrimary.withReopen, metaVersion: 0x0203, id: 0x0405, sequence: 0x0607_0809)
