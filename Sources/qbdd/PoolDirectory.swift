@@ -142,7 +142,8 @@ extension ConductorClient {
 extension PureFlashSettings {
     init(_ client: DaemonConfiguration.Client) {
         self.init(
-            noDelay: client.tcpNoDelay, port: UInt16(client.storePort), depth: client.ioDepth, ioTimeout: UInt64(client.ioTimeout.nanoseconds),
+            noDelay: client.tcpNoDelay, port: UInt16(client.storePort), depth: client.ioDepth,
+            ioTimeout: UInt64(client.ioTimeout.nanoseconds),
             connectTimeout: UInt64(client.connTimeout.nanoseconds))
     }
 }
