@@ -49,6 +49,8 @@ final class StoreConnection: EventSource {
     private var sending = StoreQueue()
     private var sentOfFirst = 0
     private var socketIsFull = false
+    /// A request that the store may still execute was given up.
+    private var hasAbandoned = false
     /// A read whose data is arriving.
     private var reading: UnsafeMutablePointer<StoreRequest>?
     private var readingReply = StoreReply(status: .success, id: 0, sequence: 0)
@@ -109,6 +111,7 @@ final class StoreConnection: EventSource {
         for index in 0..<depth where slots[index] == request {
             // The store may still execute it. Nothing else may be sent there before its connection is closed.
             release(UInt16(index))
+            hasAbandoned = true
             _ = sending.remove(request)
             fail("no answer to a request in time")
             return true
@@ -129,12 +132,13 @@ final class StoreConnection: EventSource {
         token = nil
         if descriptor >= 0 {
             // What is unsent is thrown away, and the store hears of the end at once, in front of what it has not read.
-            if inFlight > 0 {
+            if inFlight > 0 || hasAbandoned {
                 var now = linger(l_onoff: 1, l_linger: 0)
                 setsockopt(descriptor, SOL_SOCKET, SO_LINGER, &now, socklen_t(MemoryLayout<linger>.size))
             }
             Glibc.close(descriptor)
         }
+        hasAbandoned = false
         descriptor = -1
         if let input { buffers.free(input) }
         input = nil
