@@ -91,9 +91,10 @@ extension Session {
             // Four messages of this size with what the kernel adds to each; less when one is much to do.
             unreadWhenBusy = min(4 &* (request.pointee.replyCount &+ 768), 64 << 10)
             firstReply = request.pointee.next
+            // Freeing it may let others go on, which may be answered at once: the queue is in order before.
+            if firstReply == nil { lastReply = nil }
             release(request)
         }
-        if firstReply == nil { lastReply = nil }
         sentOfFirst = left
     }
 }
