@@ -24,7 +24,7 @@ BIN := .build/release
 LOGS := .build/logs
 # Where bash-completion and zsh look, below PREFIX/share.
 COMPLETIONS := bash:bash-completion/completions/qbd zsh:zsh/site-functions/_qbd
-FORMATTED := Package.swift Sources Tests Fuzz
+FORMATTED := Package.swift Sources Tests Fuzz Benchmarks
 
 # What is needed, for scripts/need.sh. A target asks for all of it at its start, so that apt runs once.
 BUILDING := swift git liburing-dev gcc:cc libc6-dev libstdc++-12-dev
@@ -93,7 +93,8 @@ demo: need-demo build ## Show a volume from its creation to its end, with a daem
 	@scripts/demo.sh $(BIN)
 
 .PHONY: bench
-bench: need-bench build .build/malloc_count.so ## Measure beside nbdkit and qemu-nbd (BENCH="--help" lists options)
+bench: need-bench .build/malloc_count.so ## Measure beside nbdkit and qemu-nbd (BENCH="--help" lists options)
+	QBD_BENCH=1 swift build -c release
 	$(PYTHON) Benchmarks/bench.py $(BENCH)
 
 .build/malloc_count.so: Benchmarks/malloc_count.c

@@ -125,6 +125,15 @@ if Context.environment["QBD_FUZZ"] != nil {
     }
 }
 
+// `make bench` and nothing else.
+if Context.environment["QBD_BENCH"] != nil {
+    package.targets.append(
+        .executableTarget(
+            name: "client-load",
+            dependencies: ["PureFlash", "Backend", "EventLoop", .product(name: "Logging", package: "swift-log")],
+            path: "Benchmarks/ClientLoad", swiftSettings: dataPath, linkerSettings: staticRuntime))
+}
+
 for target in package.targets {
     target.swiftSettings = (target.swiftSettings ?? []) + [.treatAllWarnings(as: .error)]
     target.cSettings = (target.cSettings ?? []) + [.treatAllWarnings(as: .error)]

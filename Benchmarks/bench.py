@@ -21,9 +21,9 @@ import time
 import nbd
 
 from loads import COUNTED, LOADS, KiB, MiB, Load, count_allocations, measure, run_together
-from servers import BIN, REPOSITORY, SERVERS, Failure, Qbd, run
+from servers import BIN, BRIDGES, REPOSITORY, SERVERS, Failure, Qbd, QbdStore, run
 
-SUITES = ("onehop-memory", "onehop-local", "many", "snapshots", "throttle")
+SUITES = ("onehop-memory", "onehop-local", "twohop", "client", "many", "snapshots", "throttle")
 RESULTS = REPOSITORY / ".build" / "bench.json"
 VOLUMES = 64
 DEPTH = 20
@@ -49,6 +49,25 @@ class Bars:
         self.check(suite, f"{load}: IOPS of nbdkit's", ours["iops"] / nbdkit["iops"], iops, True)
         self.check(suite, f"{load}: CPU per I/O of nbdkit's", ratio(ours, nbdkit, "cpu_us_per_io"), cpu, False)
 
+    def check_bridge(self, load, medians):
+        """Against the better of the peers, which may be another one for each figure."""
+        ours = medians["qbd"]
+        peers = [row for name, row in medians.items() if name != "qbd"]
+
+        def best(key, of=min):
+            return of(row[key] for row in peers)
+
+        iops = ours["iops"] / best("iops", max)
+        cpu = ours["cpu_us_per_io"] / best("cpu_us_per_io")
+        if load.depth == 1:
+            latency = ours["p50_us"] / best("p50_us")
+            self.check("twohop", f"{load}: median latency of the better peer's", latency, 0.75, False)
+            self.check("twohop", f"{load}: CPU per I/O of the better peer's", cpu, 0.6, False)
+        else:
+            small = load.block == "4k"
+            self.check("twohop", f"{load}: IOPS of the better peer's", iops, 2.7 if small else 1.3, True)
+            self.check("twohop", f"{load}: CPU per I/O of the better peer's", cpu, 0.3 if small else 0.65, False)
+
     def report(self):
         if self.lines:
             print("\nThe bars:")
@@ -63,36 +82,44 @@ def fill(server, random):
     run("nbdcopy", "--flush", random, server.uri)
 
 
-def one_hop(suite, options, bars):
-    """Every server that holds the data itself, with the same loads in turns."""
+def beside_peers(suite, options, bars):
+    """The servers with the same loads in turns: those that hold the data, or bridges to a store."""
     directory = options.directory if suite == "onehop-local" else None
+
+    def server(name, **more):
+        if suite == "twohop":
+            return BRIDGES[name](options.size, **more)
+        return SERVERS[name](options.size, directory=directory, **more)
+
     rows = []
     with contextlib.ExitStack() as stack:
         scratch = pathlib.Path(directory or "/dev/shm")
         random = random_file(scratch, options.size)
         stack.callback(random.unlink)
-        servers = [stack.enter_context(SERVERS[name](options.size, directory)) for name in options.servers]
-        for server in servers:
-            fill(server, random)
+        servers = [stack.enter_context(server(name)) for name in options.servers]
+        for each in servers:
+            fill(each, random)
         for load in options.loads:
-            samples = {server.name: [] for server in servers}
+            samples = {each.name: [] for each in servers}
             for turn in range(options.rounds):
                 # Nobody is always first.
                 first = turn % len(servers)
-                for server in servers[first:] + servers[:first]:
+                for each in servers[first:] + servers[:first]:
                     if directory:
                         os.sync()
-                    samples[server.name].append(measure(server, load, options.seconds))
+                    samples[each.name].append(measure(each, load, options.seconds))
             medians = {
                 name: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
                 for name, runs in samples.items()
             }
             print_load(suite, load, medians)
             rows += [{"suite": suite, "load": str(load), "server": name, **row} for name, row in medians.items()]
-            if "qbd" in medians and "nbdkit" in medians:
+            if suite == "twohop" and "qbd" in medians and len(medians) > 1:
+                bars.check_bridge(load, medians)
+            elif suite != "twohop" and "qbd" in medians and "nbdkit" in medians:
                 bars.check_peer(suite, load, medians["qbd"], medians["nbdkit"])
     if "qbd" in options.servers:
-        count(suite, directory, options, rows, bars)
+        count(suite, lambda: server("qbd", counting=True), options, rows, bars)
     return rows
 
 
@@ -107,12 +134,12 @@ def print_load(suite, load, medians):
               f" {row['p50_us']:8.0f} {row['p99_us']:8.0f}{of_base}", flush=True)
 
 
-def count(suite, directory, options, rows, bars):
+def count(suite, start, options, rows, bars):
     """Adds `allocs_per_io` to our rows of the loads that are counted."""
     loads = [load for load in COUNTED if load in options.loads]
     if not loads:
         return
-    with Qbd(options.size, directory, counting=True) as server:
+    with start() as server:
         print(f"\n{suite}: allocations of qbd in the steady state")
         for load in loads:
             # Once without counting: pools and buffers grow to what the load needs.
@@ -123,6 +150,26 @@ def count(suite, directory, options, rows, bars):
                 if row["load"] == str(load) and row["server"] == "qbd":
                     row["allocs_per_io"] = allocations
             bars.check(suite, f"{load}: allocations for each I/O", round(allocations, 2), 0, False)
+
+
+def client(options, bars):
+    """The client of a store without the hop of NBD: a load inside its process."""
+    rows = []
+    print("\nclient: 4 KiB at a qbd-store over TCP, the load inside the process")
+    print(f"  {'load':18s} {'IOPS':>9s} {'us CPU/IO':>10s}")
+    with QbdStore(options.size) as store:
+        for kind in ("randread", "randwrite"):
+            for depth in (16, 64):
+                load = Load(kind, "4k", depth)
+                runs = []
+                for _ in range(options.rounds):
+                    words = [f"127.0.0.1:{store.conductor}", store.port, options.size, kind, depth, options.seconds]
+                    runs.append(json.loads(run(BIN / "client-load", *words)))
+                row = {key: statistics.median(one[key] for one in runs) for key in runs[0]}
+                print(f"  {str(load):18s} {row['iops']:9.0f} {row['cpu_us_per_io']:10.2f}", flush=True)
+                rows.append({"suite": "client", "load": str(load), "server": "qbd", **row})
+                bars.check("client", f"{load}: us of CPU for each I/O", row["cpu_us_per_io"], 8, False)
+    return rows
 
 
 def many(options, bars):
@@ -337,8 +384,8 @@ def main():
     rows = []
     describe(options)
     for suite in options.suites:
-        alone = {"many": many, "snapshots": snapshots, "throttle": throttle}.get(suite)
-        rows += alone(options, bars) if alone else one_hop(suite, options, bars)
+        alone = {"client": client, "many": many, "snapshots": snapshots, "throttle": throttle}.get(suite)
+        rows += alone(options, bars) if alone else beside_peers(suite, options, bars)
     bars.report()
     write(rows, options.suites)
 

@@ -1,4 +1,7 @@
-"""The NBD servers that are measured: qbd and its peers, each in a process of its own, over a Unix socket."""
+"""The NBD servers that are measured: qbd and its peers, each in a process of its own, over a Unix socket.
+
+Some hold the data; the bridges have it in a store behind them, which they reach over TCP.
+"""
 
 import contextlib
 import os
@@ -63,17 +66,18 @@ class Server:
     def started(self):
         pass
 
-    def wait_for(self, path, seconds=20):
-        """Until something accepts on the Unix socket."""
+    def wait_for(self, address, seconds=20):
+        """Until something accepts at the address: a Unix socket's path, or a host and a port."""
         deadline = time.monotonic() + seconds
+        family = socket.AF_INET if isinstance(address, tuple) else socket.AF_UNIX
         while True:
-            with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
-                probe.connect(str(path))
+            with socket.socket(family) as probe, contextlib.suppress(OSError):
+                probe.connect(address if isinstance(address, tuple) else str(address))
                 return
             if self.process.poll() is not None:
                 raise Failure(f"{self.name} ended at its start with status {self.process.returncode}:\n{self.tail()}")
             if time.monotonic() > deadline:
-                raise Failure(f"{self.name} does not accept on {path} after {seconds} s:\n{self.tail()}")
+                raise Failure(f"{self.name} does not accept on {address} after {seconds} s:\n{self.tail()}")
             time.sleep(0.01)
 
     def tail(self):
@@ -191,6 +195,97 @@ class QemuNbd(Server):
         self.image.unlink(missing_ok=True)
 
 
+class Store(Server):
+    """What is behind a bridge: it listens on TCP, on the loopback interface."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.port = free_port()
+        self.socket = ("127.0.0.1", self.port)
+
+
+class QbdStore(Store):
+    """qbd-store with one pool, `bench`, in memory."""
+
+    name = "qbd-store"
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.conductor = free_port()
+
+    def command(self):
+        (self.home / "qbd.conf").write_text("[pool.bench]\ntype=memory\n")
+        return [BIN / "qbd-store", "--config", self.home / "qbd.conf", "--data-port", self.port,
+                "--conductor-port", self.conductor, "--store-port", free_port()]
+
+    def started(self):
+        self.wait_for(("127.0.0.1", self.conductor))
+
+
+class NbdStore(Store):
+    """nbdkit's memory plugin."""
+
+    name = "nbdkit"
+
+    def command(self):
+        return ["nbdkit", "--foreground", "--ipaddr", "127.0.0.1", "--port", self.port, "memory", str(self.size)]
+
+
+class Bridge:
+    """Mixed into a server: its data is in a store that runs as long as it does. The figures are the server's alone."""
+
+    store_type = NbdStore
+
+    def __init__(self, size, **options):
+        super().__init__(size, **options)
+        self.store = self.store_type(size)
+
+    def __enter__(self):
+        self.store.__enter__()
+        # Ends the store too when it fails.
+        return super().__enter__()
+
+    def __exit__(self, *_):
+        super().__exit__()
+        self.store.__exit__()
+
+
+class QbdBridge(Bridge, Qbd):
+    """qbdd with a volume of a PureFlash cluster, which is one qbd-store."""
+
+    store_type = QbdStore
+
+    def command(self):
+        command = super().command()
+        (self.home / "qbd.conf").write_text(
+            f"[conductor]\nendpoints=127.0.0.1:{self.store.conductor}\n[client]\nstore_port={self.store.port}\n")
+        return command
+
+
+class NbdkitBridge(Bridge, Nbdkit):
+    """nbdkit's nbd plugin."""
+
+    def command(self):
+        return ["nbdkit", "--foreground", "--unix", self.socket, "nbd", f"uri=nbd://127.0.0.1:{self.store.port}"]
+
+
+class QemuNbdBridge(Bridge, Server):
+    """qemu-nbd with the store in place of an image."""
+
+    name = "qemu-nbd"
+
+    def command(self):
+        return ["qemu-nbd", "--socket", self.socket, "--format=raw", "--persistent", "--shared=16",
+                f"nbd://127.0.0.1:{self.store.port}"]
+
+
+def free_port():
+    """A TCP port of the loopback interface that nobody has now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def image(size, directory):
     """A new sparse file."""
     handle, path = tempfile.mkstemp(prefix="bench-", suffix=".img", dir=directory)
@@ -200,3 +295,4 @@ def image(size, directory):
 
 
 SERVERS = {server.name: server for server in (Qbd, Nbdkit, QemuNbd)}
+BRIDGES = {server.name: server for server in (QbdBridge, NbdkitBridge, QemuNbdBridge)}
