@@ -31,7 +31,7 @@ BUILDING := swift git liburing-dev gcc:cc libc6-dev libstdc++-12-dev
 CLIENTS := libnbd-bin:nbdcopy python3 python3-libnbd nbdkit:nbdkit qemu-utils:qemu-io fio:fio
 MACHINE := qemu-system-x86 busybox-static cpio kmod nbd-client dmsetup e2fsprogs xfsprogs fdisk systemd binutils:strip
 NEED_BUILD := scripts/need.sh "build qbd" $(BUILDING)
-NEED_DEMO := scripts/need.sh "run the demo" $(BUILDING) libnbd-bin:nbdcopy
+NEED_DEMO := scripts/need.sh "run the demo" $(BUILDING) libnbd-bin:nbdcopy python3 python3-libnbd
 NEED_BENCH := scripts/need.sh "measure beside the peers" $(BUILDING) $(CLIENTS)
 NEED_TESTS := scripts/need.sh "run all tests" $(BUILDING) $(CLIENTS) python3-pytest mandoc:mandoc strace:strace zsh:zsh $(MACHINE)
 NEED_VM := scripts/need.sh "run a virtual machine" $(BUILDING) $(CLIENTS) python3-pytest $(MACHINE)
@@ -90,7 +90,7 @@ clean: ## Remove everything that was built
 
 .PHONY: demo
 demo: need-demo build ## Show a volume from its creation to its end, with a daemon of its own
-	@scripts/demo.sh $(BIN)
+	@PYTHON=$(PYTHON) scripts/demo.sh $(BIN)
 
 .PHONY: bench
 bench: need-bench .build/malloc_count.so ## Measure beside nbdkit and qemu-nbd (BENCH="--help" lists options)
