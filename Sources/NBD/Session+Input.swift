@@ -260,10 +260,11 @@ extension Session {
     /// Called at the end of a turn, when replies may have freed slots.
     func resume() {
         guard inFlight < Self.maximumInFlight, !closed else { return }
+        let before = inFlight
         paused = false
         parse()
         if !paused, events & EPOLLIN.rawValue == 0 { updateEvents() }
-        // What was started now has missed the backend's end of turn.
-        loop.runAgain()
+        // What was started now has missed the backend's end of turn. Where nothing was, an answer will come.
+        if !paused || inFlight != before { loop.runAgain() }
     }
 }

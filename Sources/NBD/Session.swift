@@ -170,7 +170,8 @@ package final class Session: EventSource {
 
     /// Called by the volume when the loop was quiet for a while: gives the memory of an idle connection back.
     package func releaseIdleMemory() {
-        guard let input, input.pointee.available == 0, input.pointee.references == 0 else { return }
+        // A write that waits at its place is begun by parsing, which goes by the input.
+        guard placement == nil, let input, input.pointee.available == 0, input.pointee.references == 0 else { return }
         retire(input)
         self.input = nil
     }

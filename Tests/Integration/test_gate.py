@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import select
 import struct
 import threading
@@ -505,3 +506,29 @@ def test_wrong_requests(daemon, fields):
         status, answer = daemon.post("QBD_IOC_SUSPEND_VOLUME", volume="disk/foo", timeout=timeout)
         assert status == 400 and answer["error"]["code"] == 22, answer
     assert state(daemon, "disk/foo") == "normal"
+
+
+def test_what_waits_while_all_is_quiet_goes_on(daemon):
+    """A session holds a bounded number of bytes: the last large write is all there and not begun when memory is given
+    back that was not used for a while. Nothing comes behind it that would wake the session."""
+    uri = daemon.volume("ram/a", 64 * MiB)
+    handle = nbd.NBD()
+    handle.connect_uri(uri)
+    handle.pwrite(bytes(BLOCK), 0)
+    daemon.qbd("suspend", "ram/a").succeeded()
+    data = os.urandom(28 * MiB)
+    cookies = [
+        handle.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(data[: 20 * MiB])), 0),
+        handle.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(data[20 * MiB :])), 20 * MiB),
+    ]
+    # All of both is sent, as far as the daemon takes it.
+    while handle.aio_get_direction() & nbd.AIO_DIRECTION_WRITE:
+        handle.poll(1000)
+    wait_for(lambda: daemon.json("info", "ram/a")["health"] == "idle", "the volume is idle")
+    daemon.qbd("resume", "ram/a", "-t", "normal").succeeded()
+    deadline = time.monotonic() + 20 * SLOWNESS
+    for cookie in cookies:
+        while not handle.aio_command_completed(cookie):
+            assert time.monotonic() < deadline, "a write is not answered"
+            handle.poll(1000)
+    assert handle.pread(28 * MiB, 0) == data
