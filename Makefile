@@ -27,13 +27,15 @@ COMPLETIONS := bash:bash-completion/completions/qbd zsh:zsh/site-functions/_qbd
 FORMATTED := Package.swift Sources Tests Fuzz Benchmarks
 
 # What is needed, for scripts/need.sh. A target asks for all of it at its start, so that apt runs once.
-BUILDING := swift git liburing-dev gcc:cc libc6-dev libstdc++-12-dev
+BUILDING := swift git liburing-dev libzookeeper-mt-dev gcc:cc libc6-dev libstdc++-12-dev
 CLIENTS := libnbd-bin:nbdcopy python3 python3-libnbd nbdkit:nbdkit qemu-utils:qemu-io fio:fio
 MACHINE := qemu-system-x86 busybox-static cpio kmod nbd-client dmsetup e2fsprogs xfsprogs fdisk systemd binutils:strip
 NEED_BUILD := scripts/need.sh "build qbd" $(BUILDING)
 NEED_DEMO := scripts/need.sh "run the demo" $(BUILDING) libnbd-bin:nbdcopy python3 python3-libnbd
 NEED_BENCH := scripts/need.sh "measure beside the peers" $(BUILDING) $(CLIENTS)
-NEED_TESTS := scripts/need.sh "run all tests" $(BUILDING) $(CLIENTS) python3-pytest mandoc:mandoc strace:strace zsh:zsh $(MACHINE)
+# ZooKeeper's server, without the package that makes a user for it.
+ZOOKEEPER := libzookeeper-java default-jre-headless:java python3-kazoo
+NEED_TESTS := scripts/need.sh "run all tests" $(BUILDING) $(CLIENTS) $(ZOOKEEPER) python3-pytest mandoc:mandoc strace:strace zsh:zsh $(MACHINE)
 NEED_VM := scripts/need.sh "run a virtual machine" $(BUILDING) $(CLIENTS) python3-pytest $(MACHINE)
 
 .PHONY: help

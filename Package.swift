@@ -60,7 +60,7 @@ let package = Package(
         .target(
             name: "StoreServer",
             dependencies: [
-                "PureFlash", "LocalPool", "Backend", "NBD", "EventLoop", "Configuration", "CLinux",
+                "PureFlash", "LocalPool", "Backend", "NBD", "ZooKeeper", "EventLoop", "Configuration", "CLinux",
                 .product(name: "NIOCore", package: "swift-nio"),
                 .product(name: "NIOPosix", package: "swift-nio"),
                 .product(name: "NIOHTTP1", package: "swift-nio"),
@@ -84,17 +84,19 @@ let package = Package(
         .target(
             name: "PureFlash",
             dependencies: [
-                "Backend", "EventLoop", "CLinux",
+                "ZooKeeper", "Backend", "EventLoop", "CLinux",
                 .product(name: "NIOCore", package: "swift-nio"),
                 .product(name: "NIOPosix", package: "swift-nio"),
                 .product(name: "NIOHTTP1", package: "swift-nio"),
                 .product(name: "Logging", package: "swift-log"),
             ],
             swiftSettings: dataPath),
+        .target(name: "ZooKeeper", dependencies: ["EventLoop", "CZooKeeper"]),
         .target(name: "NBD", dependencies: ["EventLoop", "CLinux"], swiftSettings: dataPath),
         .target(name: "EventLoop", dependencies: ["CLinux"], swiftSettings: dataPath),
         .target(name: "Configuration"),
         .target(name: "CLinux", linkerSettings: [.linkedLibrary(":liburing.a")]),
+        .target(name: "CZooKeeper", linkerSettings: [.linkedLibrary(":libzookeeper_mt.a")]),
         .testTarget(name: "ConfigurationTests", dependencies: ["Configuration"]),
         .testTarget(name: "ControlTests", dependencies: ["Control"]),
         .testTarget(name: "EventLoopTests", dependencies: ["EventLoop"]),

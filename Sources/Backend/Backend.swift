@@ -170,6 +170,15 @@ package protocol VolumePool: AnyObject, Sendable {
     /// Opens for one user; a second open that could write fails with EBUSY.
     /// - Parameter volume: `volume`, or `volume@snapshot`, which can only be read.
     func open(volume: String, readOnly: Bool) throws(BackendError) -> any OpenVolume
+    /// The same, of a pool that may have to wait for others.
+    /// - Parameter limit: nanoseconds after which it fails; nil leaves that to the pool.
+    func open(volume: String, readOnly: Bool, within limit: UInt64?) throws(BackendError) -> any OpenVolume
+}
+
+extension VolumePool {
+    package func open(volume: String, readOnly: Bool, within limit: UInt64?) throws(BackendError) -> any OpenVolume {
+        try open(volume: volume, readOnly: readOnly)
+    }
 }
 
 /// A pool whose volumes have snapshots. All calls block.

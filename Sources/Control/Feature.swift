@@ -3,14 +3,12 @@
 /// This file is the one place that decides it.
 package enum Feature: CaseIterable, Sendable {
     case rdma
-    case zooKeeper
 
     /// The error that says so, with code 95.
     package var comesLater: ControlError { .comesLater(subject) }
 
     private var subject: String {
         switch self {
-        case .zooKeeper: "finding the conductor through ZooKeeper (name it in [conductor] endpoints)"
         case .rdma: "the transport rdma:// (use tcp://, or no scheme at all)"
         }
     }

@@ -14,35 +14,55 @@ package final class ConductorClient: Sendable {
             self.host = host
             self.port = port
         }
-        package var description: String { "\(host):\(port)" }
+        package var description: String {
+            host.utf8.contains(UInt8(ascii: ":")) ? "[\(host)]:\(port)" : "\(host):\(port)"
+        }
     }
 
-    /// In the order to try them.
-    private let endpoints: [Endpoint]
+    /// Where the conductors are.
+    package enum Source: Sendable {
+        /// In the order to try them; at least one.
+        case endpoints([Endpoint])
+        case zooKeeper(ConductorDiscovery)
+
+        /// For an error's text.
+        fileprivate var remedy: String {
+            switch self {
+            case .endpoints: "look whether it runs, and at [conductor] endpoints"
+            case .zooKeeper(let discovery): discovery.remedy
+            }
+        }
+    }
+
+    /// The port a conductor's HTTP server listens on.
+    package static let defaultPort = 49180
+
+    private let source: Source
     /// Of one try.
     private let timeout: TimeAmount
     /// Never shut down: it lives as long as the process.
     private static let group = MultiThreadedEventLoopGroup(numberOfThreads: 1)
 
     /// - Parameters:
-    ///   - endpoints: at least one.
-    ///   - timeout: nanoseconds that one conductor has for one answer.
-    package init(endpoints: [Endpoint], timeout: Int64) {
-        self.endpoints = endpoints
+    ///   - timeout: nanoseconds that one conductor has for one answer, and ZooKeeper for one question.
+    package init(_ source: Source, timeout: Int64) {
+        self.source = source
         self.timeout = .nanoseconds(timeout)
     }
 
     // MARK: Operations
 
     /// Opens a volume and calls back, on a thread of its own; tries each conductor once.
-    /// - Parameter snapshot: empty for the volume itself.
+    /// - Parameters:
+    ///   - snapshot: empty for the volume itself.
+    ///   - limit: nanoseconds for all tries together; nil leaves it at the time of each.
     func open(
-        tenant: String, volume: String, snapshot: String,
+        tenant: String, volume: String, snapshot: String, within limit: UInt64?,
         completion: @escaping @Sendable (Result<VolumeLayout, BackendError>) -> Void
     ) {
         ask(
             "open_volume", [("volume_name", volume), ("snapshot_name", snapshot), ("tenant_name", tenant)],
-            of: OpenVolumeAnswer.self
+            within: limit, of: OpenVolumeAnswer.self
         ).whenComplete { result in
             completion(
                 Self.outcome(result).flatMap { answer in
@@ -91,36 +111,69 @@ package final class ConductorClient: Sendable {
     }
 
     private func ask<Answer: Decodable & Sendable>(
-        _ operation: String, _ parameters: [(String, String)], of: Answer.Type
+        _ operation: String, _ parameters: [(String, String)], within limit: UInt64? = nil, of: Answer.Type
     ) -> EventLoopFuture<Answer> {
         let query = ([("op", operation)] + parameters).map { "\($0)=\(Self.escaped($1))" }.joined(separator: "&")
-        return get("/s5c/?\(query)", from: endpoints[...], on: Self.group.any()).flatMapThrowing { body in
+        let loop = Self.group.any()
+        let deadline = limit.map { .now() + .nanoseconds(Int64(clamping: $0)) } ?? NIODeadline.distantFuture
+        return conductors(on: loop, until: deadline).flatMap { [self] conductors in
+            get("/s5c/?\(query)", from: conductors[...], until: deadline, on: loop)
+        }.flatMapThrowing { body in
             try ConductorStatus.decode(Answer.self, operation, body)
         }
     }
 
-    private func get(
-        _ uri: String, from endpoints: ArraySlice<Endpoint>, on loop: any NIOCore.EventLoop
-    ) -> EventLoopFuture<[UInt8]> {
-        guard let endpoint = endpoints.first else {
-            return loop.makeFailedFuture(BackendError(code: EHOSTUNREACH, message: "no conductor is configured"))
-        }
-        return get(uri, from: endpoint, on: loop).flatMapError { [self] error in
-            guard endpoints.count > 1 else { return loop.makeFailedFuture(error) }
-            return get(uri, from: endpoints.dropFirst(), on: loop)
+    /// For one try.
+    private func patience(_ deadline: NIODeadline) -> TimeAmount {
+        max(min(timeout, deadline - .now()), .nanoseconds(0))
+    }
+
+    private func conductors(
+        on loop: any NIOCore.EventLoop, until deadline: NIODeadline
+    ) -> EventLoopFuture<[Endpoint]> {
+        switch source {
+        case .endpoints(let endpoints): return loop.makeSucceededFuture(endpoints)
+        case .zooKeeper(let discovery):
+            let promise = loop.makePromise(of: Endpoint.self)
+            let patience = patience(deadline)
+            let timer = loop.scheduleTask(in: patience) {
+                if let last = discovery.last { return promise.succeed(last) }
+                promise.fail(
+                    BackendError(
+                        code: ETIMEDOUT,
+                        message: "\(discovery.name) did not answer within \(patience.nanoseconds / 1_000_000) ms;"
+                            + " look whether it runs, and at [zookeeper] ip"))
+            }
+            discovery.leader { promise.completeWith($0.mapError { $0 as any Error }) }
+            promise.futureResult.whenComplete { _ in timer.cancel() }
+            return promise.futureResult.map { [$0] }
         }
     }
 
     private func get(
-        _ uri: String, from endpoint: Endpoint, on loop: any NIOCore.EventLoop
+        _ uri: String, from endpoints: ArraySlice<Endpoint>, until deadline: NIODeadline,
+        on loop: any NIOCore.EventLoop
+    ) -> EventLoopFuture<[UInt8]> {
+        guard let endpoint = endpoints.first else {
+            return loop.makeFailedFuture(BackendError(code: EHOSTUNREACH, message: "no conductor is configured"))
+        }
+        return get(uri, from: endpoint, within: patience(deadline), on: loop).flatMapError { [self] error in
+            guard endpoints.count > 1, deadline > .now() else { return loop.makeFailedFuture(error) }
+            return get(uri, from: endpoints.dropFirst(), until: deadline, on: loop)
+        }
+    }
+
+    private func get(
+        _ uri: String, from endpoint: Endpoint, within timeout: TimeAmount, on loop: any NIOCore.EventLoop
     ) -> EventLoopFuture<[UInt8]> {
         let promise = loop.makePromise(of: [UInt8].self)
-        let deadline = loop.scheduleTask(in: timeout) { [timeout] in
+        let deadline = loop.scheduleTask(in: timeout) {
             promise.fail(
                 BackendError(
                     code: ETIMEDOUT,
                     message: "the conductor \(endpoint) did not answer within \(timeout.nanoseconds / 1_000_000) ms"))
         }
+        let remedy = source.remedy
         ClientBootstrap(group: loop).connectTimeout(timeout).channelInitializer { channel in
             channel.eventLoop.makeCompletedFuture {
                 try channel.pipeline.syncOperations.addHTTPClientHandlers()
@@ -128,7 +181,7 @@ package final class ConductorClient: Sendable {
             }
         }.connect(host: endpoint.host, port: endpoint.port).whenComplete { result in
             switch result {
-            case .failure(let error): promise.fail(Self.unreachable(endpoint, error))
+            case .failure(let error): promise.fail(Self.unreachable(endpoint, error, remedy))
             case .success(let channel): promise.futureResult.whenComplete { _ in channel.close(promise: nil) }
             }
         }
@@ -136,7 +189,9 @@ package final class ConductorClient: Sendable {
         return promise.futureResult
     }
 
-    private static func unreachable(_ endpoint: Endpoint, _ error: any Error) -> BackendError {
+    private static func unreachable(
+        _ endpoint: Endpoint, _ error: any Error, _ remedy: String
+    ) -> BackendError {
         let code: Int32
         let reason: String
         switch error {
@@ -149,9 +204,7 @@ package final class ConductorClient: Sendable {
         default: (code, reason) = (EHOSTUNREACH, "\(error)")
         }
         return BackendError(
-            code: code,
-            message: "the conductor \(endpoint) cannot be reached: \(reason); look whether it runs, and at [conductor]"
-                + " endpoints")
+            code: code, message: "the conductor \(endpoint) cannot be reached: \(reason); \(remedy)")
     }
 
     private static func escaped(_ text: String) -> String {

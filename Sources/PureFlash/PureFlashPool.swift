@@ -64,7 +64,11 @@ package final class PureFlashPool: VolumePool {
 
     /// Fails with a code that says that time will help while the conductor is not there yet, or a shard has no store.
     package func open(volume: String, readOnly: Bool) throws(BackendError) -> any OpenVolume {
-        let layout = try open(volumeNamed: volume)
+        try open(volume: volume, readOnly: readOnly, within: nil)
+    }
+
+    package func open(volume: String, readOnly: Bool, within limit: UInt64?) throws(BackendError) -> any OpenVolume {
+        let layout = try open(volumeNamed: volume, within: limit)
         guard layout.shards.allSatisfy({ !$0.addresses.isEmpty }) else {
             throw BackendError(
                 code: EHOSTDOWN,
@@ -77,20 +81,23 @@ package final class PureFlashPool: VolumePool {
 
     /// - Parameters:
     ///   - volume: `volume`, or `volume@snapshot`.
+    ///   - limit: nanoseconds for all tries together.
     ///   - completion: called on a thread of the conductor's client.
     fileprivate func open(
-        volumeNamed volume: String, completion: @escaping @Sendable (Result<VolumeLayout, BackendError>) -> Void
+        volumeNamed volume: String, within limit: UInt64? = nil,
+        completion: @escaping @Sendable (Result<VolumeLayout, BackendError>) -> Void
     ) {
         let parts = volume.split(separator: "@", maxSplits: 1)
         conductor.open(
             tenant: name, volume: String(parts.first ?? ""), snapshot: parts.count > 1 ? String(parts[1]) : "",
-            completion: completion)
+            within: limit, completion: completion)
     }
 
-    fileprivate func open(volumeNamed volume: String) throws(BackendError) -> VolumeLayout {
+    fileprivate func open(volumeNamed volume: String, within limit: UInt64? = nil) throws(BackendError) -> VolumeLayout
+    {
         let answer = Answer<Result<VolumeLayout, BackendError>>()
         let done = Semaphore()
-        open(volumeNamed: volume) { result in
+        open(volumeNamed: volume, within: limit) { result in
             answer.set(result)
             done.signal()
         }

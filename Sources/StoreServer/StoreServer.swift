@@ -23,10 +23,12 @@ package final class StoreServer: Sendable {
         package var durable: Bool
         package var allowFaults: Bool
         package var pools: [PoolConfiguration]
+        /// Where the conductor registers; nil for nowhere.
+        package var zookeeper: DaemonConfiguration.ZooKeeper?
 
         package init(
             address: String, conductorPort: UInt16?, dataPort: UInt16, storePort: UInt16, stores: [String],
-            durable: Bool, allowFaults: Bool, pools: [PoolConfiguration]
+            durable: Bool, allowFaults: Bool, pools: [PoolConfiguration], zookeeper: DaemonConfiguration.ZooKeeper?
         ) {
             self.address = address
             self.conductorPort = conductorPort
@@ -36,6 +38,7 @@ package final class StoreServer: Sendable {
             self.durable = durable
             self.allowFaults = allowFaults
             self.pools = pools
+            self.zookeeper = zookeeper
         }
     }
 
@@ -43,6 +46,7 @@ package final class StoreServer: Sendable {
     private let listener: DataListener
     private let services: [HTTPService]
     private let group: MultiThreadedEventLoopGroup
+    private let registration: ConductorRegistration?
 
     /// Listens and answers when it returns.
     package init(_ settings: Settings, logger: Logger) async throws(BackendError) {
@@ -78,6 +82,16 @@ package final class StoreServer: Sendable {
                     })
             }
             self.services = services
+            // Last: whoever finds it there finds it ready.
+            if let zookeeper = settings.zookeeper, let port = settings.conductorPort {
+                let registration = ConductorRegistration(
+                    servers: zookeeper.ip, cluster: zookeeper.clusterName ?? ConductorDiscovery.defaultCluster,
+                    address: settings.address, port: port, logger: logger)
+                try registration.start()
+                self.registration = registration
+            } else {
+                registration = nil
+            }
         } catch { throw BackendError(error) }
     }
 
@@ -109,6 +123,8 @@ package final class StoreServer: Sendable {
 
     /// Ends connections, finishes what is in flight, and closes the volumes.
     package func stop() async {
+        // First: nobody is to look for it here any more.
+        await registration?.stop()
         for service in services { await service.stop() }
         await listener.stop()
         await node.stop()

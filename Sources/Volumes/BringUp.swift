@@ -43,6 +43,17 @@ package struct BringUp: Sendable {
         }
     }
 
+    /// Nanoseconds that one try may take.
+    package func remaining(now: UInt64) -> UInt64 {
+        let limit: UInt64
+        switch occasion {
+        case .map(let seconds): limit = seconds * 1_000_000_000
+        case .takeover: limit = Self.lockLimit * 1_000_000_000
+        }
+        let passed = now > began ? now - began : 0
+        return limit > passed ? limit - passed : 0
+    }
+
     /// What to do about an error of the open.
     package func decide(_ error: BackendError, now: UInt64) -> Decision {
         let passed = now > began ? now - began : 0

@@ -327,9 +327,10 @@ package final class VolumeManager: Sendable {
         var isFirst = true
         while true {
             do throws(BackendError) {
+                let limit = bringUp.remaining(now: monotonicNanoseconds())
                 // A cluster may take its time, and holds up nobody else.
                 return try await BlockingThread.alone { () throws(BackendError) in
-                    try pool.open(volume: volume, readOnly: options.readOnly)
+                    try pool.open(volume: volume, readOnly: options.readOnly, within: limit)
                 }
             } catch {
                 let pause: UInt64

@@ -35,7 +35,7 @@ enum Entry {
             let configuration = try DaemonConfiguration.load(path: options.config)
             for warning in configuration.warnings { logger.warning("\(warning)") }
             raiseDescriptorLimit(logger)
-            let server = try await StoreServer(options.settings(configuration), logger: logger)
+            let server = try await StoreServer(try options.settings(configuration), logger: logger)
             if options.allowFaults { logger.warning("fault switches are on: every client can make this store fail") }
             let conductor = options.noConductor ? "" : ", conductor port \(options.conductorPort)"
             logger.info("qbd-store runs at \(options.listen), data port \(options.dataPort)\(conductor)")

@@ -41,6 +41,9 @@ struct Options: ParsableCommand {
     @Flag(help: "Be a store alone: another qbd-store is the conductor.")
     var noConductor = false
 
+    @Flag(help: "Register the conductor in the ZooKeeper that the configuration names.")
+    var register = false
+
     @Flag(help: "Acknowledge writes only when they are on stable storage.")
     var sync = false
 
@@ -71,15 +74,21 @@ struct Options: ParsableCommand {
             if stores.isEmpty { throw ValidationError("--stores names no store") }
             if Set(stores).count != stores.count { throw ValidationError("--stores names a store twice") }
         }
+        if register, noConductor { throw ValidationError("--register is for a conductor, and this is none") }
         let ports = noConductor ? [dataPort, storePort] : [dataPort, storePort, conductorPort]
         if ports.contains(0) { throw ValidationError("a port is a number from 1 to 65535") }
         if Set(ports).count != ports.count { throw ValidationError("the ports must be different") }
     }
 
-    func settings(_ configuration: DaemonConfiguration) -> StoreServer.Settings {
-        StoreServer.Settings(
+    func settings(_ configuration: DaemonConfiguration) throws(ConfigurationError) -> StoreServer.Settings {
+        guard !register || !configuration.zookeeper.ip.isEmpty else {
+            throw ConfigurationError(
+                "--register needs to know where: add ip = HOST:PORT to section [zookeeper]", file: config)
+        }
+        return StoreServer.Settings(
             address: listen, conductorPort: noConductor ? nil : conductorPort, dataPort: dataPort,
             storePort: storePort, stores: stores ?? [listen], durable: sync, allowFaults: allowFaults,
-            pools: configuration.pools.values.sorted { $0.name < $1.name })
+            pools: configuration.pools.values.sorted { $0.name < $1.name },
+            zookeeper: register ? configuration.zookeeper : nil)
     }
 }

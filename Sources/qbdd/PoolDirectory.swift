@@ -22,10 +22,17 @@ actor PoolDirectory {
         let pool: PoolConfiguration
     }
 
+    private struct DiscoveryKey: Hashable {
+        let zookeeper: DaemonConfiguration.ZooKeeper
+        let timeout: Duration
+    }
+
     private let defaultPath: String?
     private let logger: Logger
     private var files: [String: File] = [:]
     private var pools: [Key: any VolumePool] = [:]
+    /// Pools of one cluster, and of one file, share what they know of it.
+    private var discoveries: [DiscoveryKey: ConductorDiscovery] = [:]
 
     /// - Parameter defaultPath: a configuration that may be missing, because nobody named it; it is empty then.
     init(defaultPath: String?, logger: Logger) {
@@ -79,13 +86,34 @@ actor PoolDirectory {
             switch described.kind {
             case .local(let folder): LocalPool(name: name, path: folder)
             case .memory: MemoryPool(name: name)
-            case .pureFlash(_, let conductor, let client):
+            case .pureFlash(let zookeeper, let conductor, let client):
                 PureFlashPool(
-                    name: name, conductor: try ConductorClient(conductor, client), settings: PureFlashSettings(client),
+                    name: name, conductor: try self.conductor(zookeeper, conductor, client),
+                    settings: PureFlashSettings(client),
                     logger: logger)
             }
         pools[key] = pool
         return pool
+    }
+
+    private func conductor(
+        _ zookeeper: DaemonConfiguration.ZooKeeper, _ conductor: DaemonConfiguration.Conductor,
+        _ client: DaemonConfiguration.Client
+    ) throws(ControlError) -> ConductorClient {
+        guard client.connType == .tcp else { throw Feature.rdma.comesLater }
+        let timeout = client.connTimeout
+        guard conductor.endpoints.isEmpty else {
+            return ConductorClient(
+                .endpoints(conductor.endpoints.map { .init($0) }), timeout: timeout.nanoseconds)
+        }
+        let key = DiscoveryKey(zookeeper: zookeeper, timeout: timeout)
+        let discovery =
+            discoveries[key]
+            ?? ConductorDiscovery(
+                servers: zookeeper.ip, cluster: zookeeper.clusterName ?? ConductorDiscovery.defaultCluster,
+                connectTimeout: UInt64(timeout.nanoseconds), logger: logger)
+        discoveries[key] = discovery
+        return ConductorClient(.zooKeeper(discovery), timeout: timeout.nanoseconds)
     }
 
     private func load(_ path: String, isMissing: Bool) throws(ConfigurationError) -> DaemonConfiguration {
@@ -120,22 +148,13 @@ extension VolumeTiming {
     }
 }
 
-extension ConductorClient {
-    convenience init(
-        _ conductor: DaemonConfiguration.Conductor, _ client: DaemonConfiguration.Client
-    ) throws(ControlError) {
-        guard client.connType == .tcp else { throw Feature.rdma.comesLater }
-        guard !conductor.endpoints.isEmpty else { throw Feature.zooKeeper.comesLater }
+extension ConductorClient.Endpoint {
+    /// - Parameter address: as the configuration has checked it: a port stands behind the last colon.
+    fileprivate init(_ address: String) {
+        let colon = address.lastIndex(of: ":") ?? address.endIndex
         self.init(
-            endpoints: conductor.endpoints.map { endpoint in
-                // The configuration has checked that a port stands behind the last colon.
-                let colon = endpoint.lastIndex(of: ":") ?? endpoint.endIndex
-                let host = endpoint[..<colon].filter { $0 != "[" && $0 != "]" }
-                return Endpoint(
-                    host: host,
-                    port: Int(endpoint[colon...].dropFirst()) ?? Int(DaemonConfiguration.Conductor.defaultPort))
-            },
-            timeout: client.connTimeout.nanoseconds)
+            host: address[..<colon].filter { $0 != "[" && $0 != "]" },
+            port: Int(address[colon...].dropFirst()) ?? ConductorClient.defaultPort)
     }
 }
 

@@ -17,6 +17,7 @@
 #include <linux/sockios.h>
 #include <pthread.h>
 #include <sched.h>
+#include <semaphore.h>
 #include <spawn.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -105,4 +106,8 @@ static inline int qbd_spawn_chdir(posix_spawn_file_actions_t *actions, const cha
 }
 static inline int qbd_spawn_closefrom(posix_spawn_file_actions_t *actions, int first) {
     return posix_spawn_file_actions_addclosefrom_np(actions, first);
+}
+extern int sem_clockwait(sem_t *semaphore, clockid_t clock, const struct timespec *deadline);
+static inline int qbd_semaphore_wait(sem_t *semaphore, const struct timespec *deadline) {
+    return sem_clockwait(semaphore, CLOCK_MONOTONIC, deadline);
 }
