@@ -60,3 +60,34 @@ import Testing
         }
     }
 }
+
+@Suite("The address of a conductor in ZooKeeper")
+struct ConductorAddressTests {
+    @Test("an IP address means the usual port; another one can stand behind it")
+    func addresses() {
+        // As recorded: the node conductor0000000000 of a real cluster.
+        let recorded: [UInt8] = [0x31, 0x32, 0x37, 0x2e, 0x30, 0x2e, 0x30, 0x2e, 0x31]
+        #expect(ConductorDiscovery.endpoint(recorded) == .init(host: "127.0.0.1", port: 49180))
+        for (text, host, port) in [
+            ("192.0.2.1:80", "192.0.2.1", 80), ("2001:db8::1", "2001:db8::1", 49180),
+            ("[2001:db8::1]:65535", "2001:db8::1", 65535),
+        ] {
+            #expect(ConductorDiscovery.endpoint(Array(text.utf8)) == .init(host: host, port: port))
+        }
+    }
+
+    @Test(
+        "anything else is none",
+        arguments: [
+            "", " ", "host", "host:80", "127.0.0.1:", "127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1 ", ":80", "[",
+        ])
+    func nonsense(_ text: String) {
+        #expect(ConductorDiscovery.endpoint(Array(text.utf8)) == nil)
+    }
+
+    @Test("bytes that are no text are none")
+    func noText() {
+        #expect(ConductorDiscovery.endpoint([0x31, 0xff]) == nil)
+        #expect(ConductorDiscovery.endpoint([]) == nil)
+    }
+}
