@@ -228,7 +228,7 @@ private final class Exchange: ChannelInboundHandler {
     typealias OutboundOut = HTTPClientRequestPart
 
     /// Bytes of an answer, far more than any cluster's.
-    private static let maximumBody = 64 << 20
+    private static let maximumBody = 32 << 20
 
     private let uri: String
     private let endpoint: ConductorClient.Endpoint

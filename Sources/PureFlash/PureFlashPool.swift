@@ -88,9 +88,22 @@ package final class PureFlashPool: VolumePool {
         completion: @escaping @Sendable (Result<VolumeLayout, BackendError>) -> Void
     ) {
         let parts = volume.split(separator: "@", maxSplits: 1)
-        conductor.open(
-            tenant: name, volume: String(parts.first ?? ""), snapshot: parts.count > 1 ? String(parts[1]) : "",
-            within: limit, completion: completion)
+        let snapshot = parts.count > 1 ? String(parts[1]) : ""
+        conductor.open(tenant: name, volume: String(parts.first ?? ""), snapshot: snapshot, within: limit) { result in
+            completion(
+                result.flatMap { layout in
+                    // What is not asked for must be neither read nor written.
+                    guard snapshot.isEmpty == (layout.snapshot == StoreProtocol.head) else {
+                        return .failure(
+                            BackendError(
+                                code: EPROTO,
+                                message:
+                                    "the conductor's answer to open_volume has snap_seq \(layout.snapshot) for \(volume)"
+                            ))
+                    }
+                    return .success(layout)
+                })
+        }
     }
 
     fileprivate func open(volumeNamed volume: String, within limit: UInt64? = nil) throws(BackendError) -> VolumeLayout

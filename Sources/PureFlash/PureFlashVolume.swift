@@ -38,9 +38,14 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     private static let longestPause: UInt64 = 800_000_000
     /// Nanoseconds between two looks at the oldest request.
     private static let watch: UInt64 = 250_000_000
+    /// Nanoseconds that the conductor has before the stores are tried without its answer.
+    private static let patience: UInt64 = 200_000_000
     private static let capacity = 8192
-    /// Different reasons that are logged of one trouble.
-    private static let mostReported = 16
+    /// Nanoseconds before the same is logged again, and how much may be logged in that time.
+    private static let repetition: UInt64 = 60_000_000_000
+    private static let mostTold = 16
+    /// Nanoseconds between two lines of the log on requests that failed.
+    private static let failurePause: UInt64 = 1_000_000_000
 
     private(set) var geometry: Geometry
     let logger: Logger
@@ -52,6 +57,8 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     private let zeros: Buffer
 
     private var layout: VolumeLayout
+    /// Counts the conductor's answers.
+    private var view: UInt32 = 0
     private var connections: [StoreConnection] = []
     /// By shard: an index into `connections`, or -1 where no store is known.
     private var routes: [Int]
@@ -70,8 +77,15 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     private var troubles = 0
     /// Why requests wait.
     private var trouble: String?
-    /// What was logged of it since I/O last went on.
-    private var reported: Set<String> = []
+    /// The log says that I/O waits.
+    private var isAnnounced = false
+    /// What was logged, and when.
+    private var told: [String: UInt64] = [:]
+    private var lastFailure: UInt64 = 0
+    private var untoldFailures = 0
+    private var lastReopen: UInt64 = 0
+    /// A connection is left to a store that serves no shard any more.
+    private var hasStrays = false
     private var pause: LoopTimer?
     private var watchdog: LoopTimer?
 
@@ -101,7 +115,7 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
         requests = Slab(capacity: Self.capacity)
         routes = Array(repeating: -1, count: layout.shards.count)
         choices = Array(repeating: 0, count: layout.shards.count)
-        pause = LoopTimer(loop: loop) { [unowned self] in reopen() }
+        pause = LoopTimer(loop: loop) { [unowned self] in pauseEnded() }
         watchdog = LoopTimer(loop: loop) { [unowned self] in failExpired() }
         loop.observe(self)
     }
@@ -182,9 +196,10 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
         return sequence
     }
 
-    /// To the connection of its shard, or to those that wait for the conductor.
+    /// To the connection of its shard, or to those that wait for the conductor. While that is asked, stores that are
+    /// well go on.
     private func dispatch(_ request: UnsafeMutablePointer<StoreRequest>) {
-        guard !isReopening, let connection = connection(of: Int(request.pointee.shard)) else {
+        guard let connection = connection(of: Int(request.pointee.shard)) else {
             stranded.append(request)
             if !isReopening, pause?.isArmed == false { scheduleReopen() }
             return
@@ -214,6 +229,7 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     /// What goes on the wire for a request, this time.
     @inline(__always)
     func encode(_ request: UnsafeMutablePointer<StoreRequest>, id: UInt16) {
+        request.pointee.view = view
         StoreCommand(
             request.pointee.isWrite ? .write : .read, id: id, volumeID: layout.id, metaVersion: layout.metaVersion,
             offset: request.pointee.offset, length: request.pointee.length, sequence: request.pointee.sequence,
@@ -226,24 +242,40 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
         while index < connections.count {
             connections[index].flush()
             // While a pause lasts nobody is bothered.
-            if pause?.isArmed == false, !isReopening { connections[index].connectIfNeeded() }
+            if pause?.isArmed == false { connections[index].connectIfNeeded() }
             index &+= 1
         }
     }
 
     // MARK: Completion
 
-    func answered(_ request: UnsafeMutablePointer<StoreRequest>, _ reply: StoreReply) {
+    func answered(_ request: UnsafeMutablePointer<StoreRequest>, _ reply: StoreReply, by connection: StoreConnection) {
         let status = reply.status
-        if status.asksToReopen || status.code == .notPrimary {
-            request.pointee.sequence &+= 1
-            stranded.append(request)
-            report("a store answered \(status)")
-            if !isReopening, pause?.isArmed == false { troubles == 0 ? reopen() : scheduleReopen() }
-            return
-        }
+        if status.asksToReopen || status.code == .notPrimary { return ask(again: request, status, connection) }
         if status.code == .success { recovered() }
         complete(request, errorNumber(status, request))
+    }
+
+    /// A store wants the volume to be opened again.
+    private func ask(
+        again request: UnsafeMutablePointer<StoreRequest>, _ status: StoreStatus, _ connection: StoreConnection
+    ) {
+        request.pointee.sequence &+= 1
+        if request.pointee.view != view {
+            // That was done since it was sent.
+            return dispatch(request)
+        }
+        let shard = Int(request.pointee.shard)
+        if status.code == .notPrimary, routes[shard] >= 0, connections[routes[shard]] === connection {
+            // The conductor may name the same stores: then the primary is another one of them.
+            routes[shard] = -1
+            choices[shard] &+= 1
+        }
+        stranded.append(request)
+        report("the store \(connection.name) answered \(status)")
+        guard !isReopening, pause?.isArmed == false else { return }
+        // At once, but not as often as a store may ask for it.
+        if troubles == 0, loop.now &- lastReopen > Self.firstPause { reopen() } else { scheduleReopen() }
     }
 
     private func errorNumber(_ status: StoreStatus, _ request: UnsafeMutablePointer<StoreRequest>) -> Int32 {
@@ -252,11 +284,20 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
         case .noSpace: return ENOSPC
         case .readOnly: return EROFS
         default:
-            logger.error(
-                "a store failed a \(request.pointee.isWrite ? "write" : "read") of \(request.pointee.length) bytes at \(request.pointee.offset): \(status)"
-            )
+            tellFailure(request, "a store answered \(status)")
             return EIO
         }
+    }
+
+    /// Says that a request fails, once a second when there are many.
+    private func tellFailure(_ request: UnsafeMutablePointer<StoreRequest>, _ reason: String) {
+        guard lastFailure == 0 || loop.now &- lastFailure > Self.failurePause else { return untoldFailures += 1 }
+        let others = untoldFailures > 0 ? "; \(untoldFailures) others before it" : ""
+        lastFailure = loop.now
+        untoldFailures = 0
+        logger.error(
+            "a \(request.pointee.isWrite ? "write" : "read") of \(request.pointee.length) bytes at \(request.pointee.offset) fails: \(reason)\(others)"
+        )
     }
 
     private func complete(_ request: UnsafeMutablePointer<StoreRequest>, _ code: Int32) {
@@ -282,7 +323,8 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     // MARK: Trouble
 
     func connected(_ connection: StoreConnection) {
-        logger.info("connected to the store \(connection.name)")
+        let text = "connected to the store \(connection.name)"
+        if isWorthTelling(text) { logger.info("\(text)") }
     }
 
     /// Its connection is closed: nothing of it is under way.
@@ -297,41 +339,65 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
                 if connection.failures > 1 { choices[shard] &+= 1 }
             }
         }
-        guard !stranded.isEmpty else { return logger.info("store \(connection.name): \(reason)") }
+        guard !stranded.isEmpty else {
+            let text = "store \(connection.name): \(reason)"
+            if isWorthTelling(text) { logger.info("\(text)") }
+            return
+        }
         report("store \(connection.name): \(reason)")
-        if !isReopening, pause?.isArmed == false { scheduleReopen() }
+        scheduleReopen()
     }
 
     /// Says what is wrong once, not for every request and try.
     private func report(_ reason: String) {
         trouble = reason
-        guard reported.count < Self.mostReported, reported.insert(reason).inserted else { return }
+        guard isWorthTelling(reason) else { return }
+        isAnnounced = true
         logger.warning("I/O waits: \(reason)")
+    }
+
+    /// Whether it was not logged of late. A store that fails again and again does not fill the log, whatever it says.
+    private func isWorthTelling(_ text: String) -> Bool {
+        if let last = told[text], loop.now &- last < Self.repetition { return false }
+        if told.count >= Self.mostTold { told = told.filter { loop.now &- $0.value < Self.repetition } }
+        guard told.count < Self.mostTold else { return false }
+        told[text] = loop.now
+        return true
     }
 
     @inline(__always)
     private func recovered() {
-        if troubles > 0 || trouble != nil { clearTrouble() }
+        if troubles > 0 || trouble != nil { endTrouble() }
     }
 
-    private func clearTrouble() {
+    /// Unless it was another store that answered.
+    private func endTrouble() {
+        guard stranded.isEmpty, !connections.contains(where: { $0.failures > 0 && !$0.isIdle }) else { return }
         troubles = 0
         trouble = nil
-        reported = []
-        logger.info("I/O goes on")
+        if isAnnounced { logger.info("I/O goes on") }
+        isAnnounced = false
     }
 
     private func scheduleReopen() {
+        guard pause?.isArmed == false else { return }
         let longest = min(Self.longestPause, Self.firstPause << UInt64(min(troubles, 5)))
         troubles += 1
         // Many hosts lose the same store at the same time.
         pause?.arm(after: longest / 2 + UInt64.random(in: 0...longest / 2))
     }
 
+    private func pauseEnded() {
+        // The conductor takes its time: the stores may do without it.
+        if isReopening { sendStranded() } else { reopen() }
+    }
+
     /// Asks the conductor once for all who wait.
     private func reopen() {
         guard !isReopening, !closed else { return }
         isReopening = true
+        lastReopen = loop.now
+        pause?.arm(after: Self.patience)
         opened.reopen { [weak self] result in
             guard let self else { return }
             // When the loop has ended, nobody waits any more.
@@ -342,12 +408,16 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     private func reopened(_ result: Result<VolumeLayout, BackendError>) {
         guard !closed else { return }
         isReopening = false
+        pause?.cancel()
         switch result {
         case .success(let new):
-            guard new.id == layout.id, new.shards.count >= layout.shards.count, new.size >= geometry.size else {
+            guard new.id == layout.id, new.snapshot == layout.snapshot, new.shards.count >= layout.shards.count,
+                new.size >= geometry.size
+            else {
                 report("the conductor now has another volume under this name; unmap it")
                 return scheduleReopen()
             }
+            view &+= 1
             adopt(new)
         case .failure(let error):
             // The stores may do without it.
@@ -380,8 +450,21 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
             var waiting = connection.takeWaiting()
             while let request = waiting.removeFirst() { stranded.append(request) }
         }
+        leaveStrays()
         sendStranded()
-        logger.info("the shards are served by \(Set(new.shards.compactMap(\.addresses.first)).sorted())")
+        let text = "the shards are served by \(Set(new.shards.compactMap(\.addresses.first)).sorted())"
+        if isWorthTelling(text) { logger.info("\(text)") }
+    }
+
+    /// Closes the connections to stores that serve no shard any more, each when it has its last answer.
+    private func leaveStrays() {
+        let named = Set(layout.shards.flatMap(\.addresses))
+        hasStrays = false
+        for connection in connections where !named.contains(connection.name) {
+            if connection.isIdle { connection.close() } else { hasStrays = true }
+        }
+        connections.removeAll { !named.contains($0.name) && $0.isIdle }
+        for shard in routes.indices { routes[shard] = -1 }
     }
 
     // MARK: Time
@@ -406,11 +489,12 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
             if !stranded.remove(request) {
                 for connection in connections where connection.forget(request) { break }
             }
-            logger.error(
-                "a \(request.pointee.isWrite ? "write" : "read") at \(request.pointee.offset) fails after \(settings.ioTimeout / 1_000_000_000) s: \(trouble ?? "no answer")"
-            )
+            tellFailure(
+                request,
+                "not done after \(settings.ioTimeout / 1_000_000_000) s: \(trouble ?? "the store does not answer")")
             complete(request, EIO)
         }
+        if hasStrays { leaveStrays() }
         if oldest != nil { watchdog?.arm(after: Self.watch) }
         loop.runAgain()
     }

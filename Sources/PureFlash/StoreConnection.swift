@@ -411,7 +411,7 @@ final class StoreConnection: EventSource {
     private func finish(_ request: UnsafeMutablePointer<StoreRequest>, _ reply: StoreReply) {
         failures = 0
         release(reply.id)
-        owner.answered(request, reply)
+        owner.answered(request, reply, by: self)
     }
 
     @inline(__always)

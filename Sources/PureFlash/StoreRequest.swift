@@ -14,6 +14,8 @@ struct StoreRequest {
     /// What the reply must bring back: unlike that of any other request, and one more with each time it is sent.
     var sequence: UInt32
     var shard: Int32
+    /// The volume's layout by which it was sent.
+    var view: UInt32 = 0
     var isWrite: Bool
     /// All of it is in the socket: an answer may come.
     var isSent = false

@@ -60,7 +60,22 @@ struct ConductorStatus: Decodable {
             throw error
         } catch {
             throw BackendError(
-                code: EPROTO, message: "the conductor's answer to \(operation) was not understood: \(error)")
+                code: EPROTO, message: "the conductor's answer to \(operation) was not understood: \(fault(error))")
+        }
+    }
+
+    private static func fault(_ error: any Error) -> String {
+        func place(_ context: DecodingError.Context, _ last: (any CodingKey)? = nil) -> String {
+            let path = (context.codingPath + (last.map { [$0] } ?? [])).map(\.stringValue).joined(separator: ".")
+            return path.isEmpty ? "it" : path
+        }
+        return switch error {
+        case DecodingError.keyNotFound(let key, let context): "\(place(context, key)) is missing"
+        case DecodingError.typeMismatch(let type, let context): "\(place(context)) is no \(type)"
+        case DecodingError.valueNotFound(_, let context): "\(place(context)) is null"
+        case DecodingError.dataCorrupted(let context) where !context.codingPath.isEmpty:
+            "\(place(context)) is no value of its kind"
+        default: "it is no JSON, or has a number that is out of range"
         }
     }
 

@@ -1,0 +1,248 @@
+"""A store, or a conductor, that means harm, beside good ones in the same daemon."""
+
+import contextlib
+import re
+import time
+
+import nbd
+import pytest
+from bystander import Bystander
+from harness import MiB, SLOWNESS, Daemon, wait_for
+from hostile import CONDUCTORS, SLOW_CONDUCTORS, STORES, Cluster, Spent, good
+from pureflash import Store
+
+IO_TIMEOUT = 1
+
+
+@contextlib.contextmanager
+def surroundings(stores=1):
+    """A daemon with a volume of its own and one of a good cluster, both under a load that verifies, and a hostile
+    cluster with the configuration that leads there."""
+    cluster = Cluster(stores)
+    store = Store().start()
+    daemon = Daemon(configuration="[client]\nopen_volume_timeout=2\n")
+    bystanders = []
+    try:
+        daemon.start()
+        friend = daemon.directory / "friend.conf"
+        friend.write_text(
+            f"[conductor]\nendpoints={store.address}:{store.conductor_port}\n[client]\nstore_port={store.data_port}\n"
+        )
+        hostile = daemon.directory / "hostile.conf"
+        hostile.write_text(cluster.configuration(io_timeout=IO_TIMEOUT))
+        daemon.create("ram/own", "64M")
+        store.create("ram", "v", 64 * MiB)
+        for volume, config in (("ram/own", daemon.config), ("ram/v", friend)):
+            # One name, one volume: the good cluster's tenant has the name of the daemon's own pool.
+            uri = daemon.qbd("map", "--export", volume, "-c", str(config)).succeeded().out.strip()
+            bystanders.append(Bystander(uri, (0, 8 * MiB), pause=0.01))
+        yield daemon, cluster, hostile, bystanders
+        for bystander in bystanders:
+            bystander.assert_unharmed()
+            bystander.stop()
+    finally:
+        daemon.finish()
+        store.finish()
+        cluster.close()
+
+
+def mapped(daemon, cluster, hostile, names):
+    """Handles of hostile volumes that are good yet."""
+    handles = {}
+    for name in names:
+        cluster.volume(name)
+        uri = daemon.qbd("map", "--export", f"x/{name}", "-c", str(hostile)).succeeded().out.strip()
+        handles[name] = nbd.NBD()
+        handles[name].connect_uri(uri)
+        handles[name].pwrite(b"w" * 4096, 4096)
+    return handles
+
+
+class Flight:
+    """Reads and writes of a volume that are under way."""
+
+    def __init__(self, handle, count=4):
+        self.handle = handle
+        self.cookies = []
+        self.errors = []
+        self.pending = count * 2
+        self.seconds = None
+        self.began = time.monotonic()
+        for number in range(count):
+            handle.aio_pread(nbd.Buffer(65536), number * 65536, completion=self._completed)
+            data = nbd.Buffer.from_bytearray(bytearray(b"n" * 65536))
+            handle.aio_pwrite(data, MiB + number * 65536, completion=self._completed)
+
+    def _completed(self, error):
+        self.errors.append(error.value)
+        self.seconds = time.monotonic() - self.began
+        # Retired: one more completion would not be counted, but libnbd tells of an answer to nothing it asked.
+        return 1
+
+    def landed(self):
+        while self.handle.poll(0) > 0:
+            pass
+        return len(self.errors) == self.pending
+
+
+def landed(flights, seconds):
+    wait_for(lambda: all([flight.landed() for flight in flights.values()]), "all I/O is completed", seconds, pause=0.02)
+
+
+@pytest.mark.deadline(180)
+def test_hostile_stores():
+    with surroundings() as (daemon, cluster, hostile, bystanders):
+        handles = mapped(daemon, cluster, hostile, STORES)
+        resident = []
+        for turn in range(3):
+            counts = {name: volume.connected for name, volume in cluster.volumes.items()}
+            spent = Spent(daemon)
+            for name, volume in cluster.volumes.items():
+                volume.store = STORES[name][0]
+                cluster.disconnect(volume)
+            flights = {name: Flight(handle) for name, handle in handles.items()}
+            landed(flights, IO_TIMEOUT + 10)
+            elapsed = time.monotonic() - spent.began
+            used = spent.seconds()
+            for name, flight in flights.items():
+                assert set(flight.errors) == {5}, f"{name}: instead of EIO {flight.errors}"
+                assert flight.seconds > IO_TIMEOUT * 0.9, f"{name}: given up after {flight.seconds:.2f} s"
+                assert used[f"qbd:x/{name}"[:15]] < 0.2 * elapsed * SLOWNESS + 0.1, f"{name} spins: {used}"
+                tries = cluster.volumes[name].connected - counts[name]
+                assert tries <= 12 * elapsed + 4, f"{name}: {tries} connections in {elapsed:.1f} s"
+            for bystander in bystanders:
+                bystander.assert_unharmed()
+            # What is in flight goes on within a second of the store being good again.
+            flights = {name: Flight(handle) for name, handle in handles.items()}
+            for volume in cluster.volumes.values():
+                volume.store = good
+                cluster.disconnect(volume)
+            well = time.monotonic()
+            landed(flights, 10)
+            for name, flight in flights.items():
+                assert set(flight.errors) == {0}, f"{name}: {flight.errors}"
+                late = flight.began + flight.seconds - well
+                assert late < 2 * SLOWNESS, f"{name}: goes on {late:.2f} s after its store is good again"
+            for name, handle in handles.items():
+                assert handle.pread(65536, MiB) == b"n" * 65536
+            resident.append(daemon.resident())
+        assert resident[-1] < resident[0] + 24 * MiB, f"memory grows: {resident}"
+        log = daemon.log().splitlines()
+        for name, (_, words) in STORES.items():
+            lines = [line for line in log if re.search(rf"x/{name}\b", line)]
+            assert any(re.search(words, line) for line in lines), f"{name}: the log does not say {words!r}:\n" + "\n".join(lines)
+            assert any("not done after 1 s" in line for line in lines), "\n".join(lines)
+            assert len(lines) < 60, f"{name} fills the log:\n" + "\n".join(lines)
+        for handle in handles.values():
+            handle.shutdown()
+
+
+@pytest.mark.deadline(180)
+def test_hostile_conductors_when_mapping():
+    with surroundings() as (daemon, cluster, hostile, bystanders):
+        def refused(name, conductor):
+            cluster.volume(name).conductor = conductor
+            began = time.monotonic()
+            result = daemon.qbd("map", "--export", f"x/{name}", "-c", str(hostile))
+            assert result.status != 0, f"{name}: {result}"
+            result.failed(result.status, "conductor")
+            assert result.err.rstrip("\n").isprintable(), f"{name}: {result.err!r}"
+            assert len(result.err) < 1500, f"{name}: {result.err!r}"
+            assert time.monotonic() - began < 10 * SLOWNESS, f"{name}: {result}"
+
+        for name, conductor in {**CONDUCTORS, **SLOW_CONDUCTORS}.items():
+            refused(name, conductor)
+        for bystander in bystanders:
+            bystander.assert_unharmed()
+        resident = []
+        for _ in range(2):
+            for _ in range(4):
+                refused("shard100k", CONDUCTORS["shard100k"])
+                refused("endless", SLOW_CONDUCTORS["endless"])
+            resident.append(daemon.resident())
+        assert resident[1] < resident[0] + 24 * MiB, f"memory grows: {resident}"
+        assert "x/" not in daemon.qbd("list").out
+        # It listens to a conductor that has come to its senses.
+        cluster.volumes["noise"].conductor = None
+        handle = nbd.NBD()
+        handle.connect_uri(daemon.qbd("map", "--export", "x/noise", "-c", str(hostile)).succeeded().out.strip())
+        assert handle.pread(512, 0) == bytes(512)
+        handle.shutdown()
+
+
+@pytest.mark.deadline(180)
+def test_hostile_conductors_of_mapped_volumes():
+    """The stores do without the conductor."""
+    bad = {**CONDUCTORS, **SLOW_CONDUCTORS}
+    with surroundings() as (daemon, cluster, hostile, bystanders):
+        hostile.write_text(cluster.configuration(io_timeout=20))
+        handles = mapped(daemon, cluster, hostile, bad)
+        spent = Spent(daemon)
+        for name, volume in cluster.volumes.items():
+            volume.conductor = bad[name]
+        # Some at a time: not the conductor's client is to be measured but what its answers do.
+        for first in range(0, len(bad), 8):
+            some = list(bad)[first : first + 8]
+            for name in some:
+                cluster.disconnect(cluster.volumes[name])
+            flights = {name: Flight(handles[name]) for name in some}
+            landed(flights, 19)
+            for name, flight in flights.items():
+                assert set(flight.errors) == {0}, f"{name}: {flight.errors}"
+                assert flight.seconds < 5 * SLOWNESS, f"{name}: {flight.seconds:.2f} s"
+        elapsed = time.monotonic() - spent.began
+        for name, used in spent.seconds().items():
+            if name.startswith("qbd:x/"):
+                assert used < 0.2 * elapsed * SLOWNESS + 0.1, f"{name} spins: {used:.2f} s"
+        for bystander in bystanders:
+            bystander.assert_unharmed()
+        for handle in handles.values():
+            handle.shutdown()
+
+
+def test_the_primary_is_found_among_the_stores_that_are_named():
+    """The conductor names the same two stores all the time, the first of them first, whichever is the primary."""
+    with surroundings(stores=2) as (daemon, cluster, hostile, _):
+        hostile.write_text(cluster.configuration(io_timeout=20))
+        handle = mapped(daemon, cluster, hostile, ["v"])["v"]
+        volume = cluster.volumes["v"]
+        bad = STORES["primary"][0]
+        for primary in (1, 0, 1, 0):
+            away = cluster.addresses[1 - primary]
+
+            async def serve(volume, hello, reader, writer, address):
+                await (bad if address == away else good)(volume, hello, reader, writer, address)
+
+            volume.store = serve
+            cluster.disconnect(volume)
+            flight = Flight(handle)
+            landed({"v": flight}, 10)
+            assert set(flight.errors) == {0}
+            assert flight.seconds < 3 * SLOWNESS, f"{flight.seconds:.2f} s"
+        handle.shutdown()
+
+
+def test_a_conductor_that_names_other_stores_every_time():
+    """Connections to stores that serve nothing any more are given up."""
+    with surroundings(stores=24) as (daemon, cluster, hostile, _):
+        hostile.write_text(cluster.configuration(io_timeout=20))
+        handle = mapped(daemon, cluster, hostile, ["v"])["v"]
+        volume = cluster.volumes["v"]
+        before = daemon.descriptors()
+
+        def layout(_, original=volume.layout):
+            return original(cluster.addresses[volume.opened % len(cluster.addresses)])
+
+        volume.layout = layout
+        for _ in range(40):
+            # As long as no store takes it, the conductor is asked.
+            volume.store = STORES["full"][0]
+            cluster.disconnect(volume)
+            opened = volume.opened
+            flight = Flight(handle, 1)
+            wait_for(lambda: volume.opened > opened, "the conductor is asked")
+            volume.store = good
+            landed({"v": flight}, 10)
+            assert set(flight.errors) == {0}
+        assert daemon.descriptors() <= before + 4, "connections stay"
+        handle.shutdown()
