@@ -21,6 +21,8 @@ struct StoreSlot {
     var command: StoreCommand
     /// The connection ends when the reply is out.
     var isLast = false
+    /// Pieces at the backend, of a command it cannot do at once; 0 of any other.
+    var parts: UInt8 = 0
     /// Held back until then by a fault switch: nanoseconds of CLOCK_MONOTONIC.
     var due: UInt64 = 0
 

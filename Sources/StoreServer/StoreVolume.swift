@@ -43,6 +43,10 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
     private var layout: StoreLayout
     private let buffers = BufferPool(maximumRegions: maximumSessions + 4)
     private var backend: (any Backend)?
+    /// What no I/O of the backend may cross, bytes; 0 for nothing.
+    private var boundary: UInt64 = 0
+    /// Of commands that cross it. A command has at most three, since layers have clusters of 64 KiB.
+    private var parts = Slab<IO>(capacity: 3 * maximumSessions * StoreSession.maximumInFlight)
     /// By number.
     private var snapshots: [UInt32: Snapshot] = [:]
     /// I/O begun and not completed.
@@ -111,11 +115,17 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
     }
 
     private func begin() -> BackendError? {
-        do { backend = try opened.start(on: loop, buffers: buffers, client: self) } catch { return error }
+        do { try startBackend(opened) } catch { return error }
         quiet = LoopTimer(loop: loop) { [unowned self] in quietPassed() }
         delay = LoopTimer(loop: loop) { [unowned self] in runDelayed() }
         loop.observe(self)
         return nil
+    }
+
+    private func startBackend(_ opened: any OpenVolume) throws(BackendError) {
+        let backend = try opened.start(on: loop, buffers: buffers, client: self)
+        boundary = backend.geometry.transferBoundary
+        self.backend = backend
     }
 
     /// Serves a connection that has sent a good handshake; it is answered here.
@@ -224,7 +234,7 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
                 runDelayed()
             }
             do throws(BackendError) {
-                backend = try now.start(on: loop, buffers: buffers, client: self)
+                try startBackend(now)
                 putLast()
                 return nil
             } catch { return error }
@@ -377,11 +387,73 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
         guard verdict == .success, slot.pointee.command.length > 0 else { return answer(slot, verdict) }
         slot.pointee.io.durable = durable
         let snapshot = slot.pointee.command.snapshot
-        guard let backend = snapshot == StoreProtocol.head ? backend : snapshots[snapshot]?.backend else {
-            return answer(slot, .ioError)
+        guard snapshot == StoreProtocol.head else {
+            guard let backend = snapshots[snapshot]?.backend else { return answer(slot, .ioError) }
+            return submit(slot, to: backend, boundary: backend.geometry.transferBoundary)
+        }
+        guard let backend else { return answer(slot, .ioError) }
+        submit(slot, to: backend, boundary: boundary)
+    }
+
+    @inline(__always)
+    private func submit(_ slot: UnsafeMutablePointer<StoreSlot>, to backend: any Backend, boundary: UInt64) {
+        let command = slot.pointee.command
+        guard boundary == 0 || command.offset & (boundary &- 1) &+ UInt64(command.length) <= boundary else {
+            return submitParts(slot, to: backend, boundary: boundary)
         }
         atBackend &+= 1
         backend.submit(withUnsafeMutablePointer(to: &slot.pointee.io) { $0 })
+    }
+
+    /// One after the other, none of which crosses the boundary. The data of a read is put together in a buffer of the
+    /// slot's.
+    private func submitParts(_ slot: UnsafeMutablePointer<StoreSlot>, to backend: any Backend, boundary: UInt64) {
+        let whole = slot.pointee.io
+        if whole.operation == .read {
+            guard let buffer = buffers.allocate(Int(whole.length)) else { return answer(slot, .ioError) }
+            slot.pointee.io.buffer = buffer
+            slot.pointee.io.ownsBuffer = true
+            slot.pointee.io.segment.base = buffer.base
+            slot.pointee.io.segment.count = Int(whole.length)
+        }
+        let end = whole.offset &+ UInt64(whole.length)
+        let count = (end &- 1) / boundary &- whole.offset / boundary &+ 1
+        guard let number = UInt8(exactly: count) else { return answer(slot, .ioError) }
+        slot.pointee.parts = number
+        atBackend &+= Int(count)
+        var offset = whole.offset
+        while offset < end {
+            let length = min(boundary &- offset & (boundary &- 1), end &- offset)
+            guard let part = parts.take() else {
+                // As many as there can be are there.
+                preconditionFailure("more parts than commands have")
+            }
+            part.initialize(
+                to: IO(
+                    operation: whole.operation, offset: offset, length: UInt32(length),
+                    request: UnsafeMutableRawPointer(slot)))
+            part.pointee.durable = whole.durable
+            if whole.operation == .write {
+                part.pointee.segment.base = whole.segment.base + Int(offset &- whole.offset)
+                part.pointee.segment.count = Int(length)
+            }
+            offset &+= length
+            backend.submit(part)
+        }
+    }
+
+    /// - Returns: whether it was the last one.
+    private func partCompleted(_ part: UnsafeMutablePointer<IO>, _ slot: UnsafeMutablePointer<StoreSlot>) -> Bool {
+        if part.pointee.status != 0 {
+            slot.pointee.io.status = part.pointee.status
+        } else if part.pointee.operation == .read {
+            let place = slot.pointee.io.segment.base + Int(part.pointee.offset &- slot.pointee.io.offset)
+            place.copyMemory(from: part.pointee.segment.base, byteCount: Int(part.pointee.length))
+        }
+        if part.pointee.ownsBuffer, let buffer = part.pointee.buffer { buffers.free(buffer) }
+        parts.give(part)
+        slot.pointee.parts &-= 1
+        return slot.pointee.parts == 0
     }
 
     /// Everything the real engine leaves unchecked, and what it checks.
@@ -414,7 +486,8 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
         let slot = io.pointee.request.assumingMemoryBound(to: StoreSlot.self)
         atBackend &-= 1
         if idle != nil, atBackend == 0 { becomeIdle() }
-        guard io.pointee.status == 0 else { return failed(slot) }
+        if slot.pointee.parts > 0, !partCompleted(io, slot) { return }
+        guard slot.pointee.io.status == 0 else { return failed(slot) }
         answer(slot, .success)
     }
 

@@ -194,6 +194,32 @@ def test_snapshot_numbers(store):
         assert client.read(0, 512, snapshot=HEAD) == bytes(512)
 
 
+def test_io_of_every_size_on_a_volume_with_snapshots(store):
+    # Layers have clusters of 64 KiB, which commands need not know of.
+    size = 2 * MiB
+    with store.opened(size=size) as client:
+        model = bytearray(size)
+        states = {}
+        for name in ("one", "two", "three"):
+            for _ in range(50):
+                length = random.choice((512, 4 * KiB, 64 * KiB, 65 * KiB, 100 * KiB, MAXIMUM))
+                offset = random.randrange(0, size - length + 1, 512)
+                data = os.urandom(length)
+                assert client.write(offset, data) == SUCCESS
+                model[offset : offset + length] = data
+                offset = random.randrange(0, size - length + 1, 512)
+                assert client.read(offset, length) == model[offset : offset + length]
+            store.ok("create_snapshot", tenant_name="disk", volume_name="a", snapshot_name=name)
+            states[name] = bytes(model)
+        for name, state in states.items():
+            opened = store.ok("open_volume", tenant_name="disk", volume_name="a", snapshot_name=name)
+            for offset in range(0, size, MAXIMUM):
+                assert client.read(offset, MAXIMUM, snapshot=opened["snap_seq"]) == state[offset : offset + MAXIMUM]
+            assert client.read(512, MAXIMUM, snapshot=opened["snap_seq"]) == state[512 : 512 + MAXIMUM]
+        for offset in range(0, size, MAXIMUM):
+            assert client.read(offset, MAXIMUM) == model[offset : offset + MAXIMUM]
+
+
 # The handshake
 
 
