@@ -27,7 +27,7 @@ enum ClientLoad {
         let settings = PureFlashSettings(
             noDelay: true, port: port, depth: 128, ioTimeout: 30 * second, connectTimeout: 5 * second)
         let conductor = ConductorClient(
-            endpoints: [.init(host: String(endpoint[0]), port: conductorPort)], timeout: Int64(5 * second))
+            .endpoints([.init(host: String(endpoint[0]), port: conductorPort)]), timeout: Int64(5 * second))
         let pool = PureFlashPool(name: "bench", conductor: conductor, settings: settings, logger: logger)
         _ = try pool.create(volume: "load", size: size, blockSize: 512)
         let loop = try EventLoop(name: "load")
