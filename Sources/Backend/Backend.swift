@@ -183,7 +183,10 @@ extension VolumePool {
 
 /// A pool whose volumes have snapshots. All calls block.
 package protocol SnapshotPool: VolumePool {
-    /// Of a volume that is not open; an open one makes it itself.
+    /// An open volume makes its snapshots itself, with `OpenVolume.reopen`; otherwise `createSnapshot` makes them of open
+    /// volumes as well.
+    var openVolumesMakeSnapshots: Bool { get }
+    /// Of a volume that is not open, unless open ones leave it to the pool.
     func createSnapshot(volume: String, snapshot: String) throws(BackendError) -> SnapshotRecord
     /// Oldest first.
     func snapshots(volume: String) throws(BackendError) -> [SnapshotRecord]
@@ -198,6 +201,10 @@ package protocol SnapshotPool: VolumePool {
     /// - Parameter stop: asked now and then; true ends it early, to be called again.
     /// - Returns: whether it changed something.
     func tidy(stop: () -> Bool) throws(BackendError) -> Bool
+}
+
+extension SnapshotPool {
+    package var openVolumesMakeSnapshots: Bool { true }
 }
 
 /// What a pool knows of a snapshot.

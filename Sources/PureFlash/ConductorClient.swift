@@ -88,6 +88,14 @@ package final class ConductorClient: Sendable {
         try wait(ask("list_volume", [("tenant_name", tenant), ("limit", "100000")], of: ListVolumeAnswer.self)).volumes
     }
 
+    func createSnapshot(tenant: String, volume: String, snapshot: String) throws(BackendError) {
+        _ = try wait(
+            ask(
+                "create_snapshot",
+                [("tenant_name", tenant), ("volume_name", volume), ("snapshot_name", snapshot)],
+                of: ConductorStatus.self))
+    }
+
     /// - Parameter size: bytes, a multiple of a MiB, the unit of this one request.
     func resize(tenant: String, volume: String, size: UInt64) throws(BackendError) {
         _ = try wait(

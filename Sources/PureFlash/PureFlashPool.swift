@@ -8,7 +8,7 @@ import Synchronization
 /// stores.
 package final class PureFlashPool: VolumePool {
     package let name: String
-    private let conductor: ConductorClient
+    let conductor: ConductorClient
     private let settings: PureFlashSettings
     private let logger: Logger
 
@@ -39,12 +39,17 @@ package final class PureFlashPool: VolumePool {
     }
 
     package func grow(volume: String, to size: UInt64?) throws(BackendError) -> VolumeRecord {
-        guard let current = try list().first(where: { $0.volume == volume }) else {
+        let current = try find(volume)
+        guard let size else { return current }
+        return try grow(current, to: size)
+    }
+
+    func find(_ volume: String) throws(BackendError) -> VolumeRecord {
+        guard let found = try list().first(where: { $0.volume == volume }) else {
             throw BackendError(
                 code: ENOENT, message: "no volume \(volume) in pool \(name); `qbd volumes \(name)` lists what there is")
         }
-        guard let size else { return current }
-        return try grow(current, to: size)
+        return found
     }
 
     fileprivate func grow(_ current: VolumeRecord, to size: UInt64) throws(BackendError) -> VolumeRecord {

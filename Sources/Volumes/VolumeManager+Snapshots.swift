@@ -7,7 +7,8 @@ extension VolumeManager {
         if let pool = pool as? any SnapshotPool { return pool }
         throw BackendError(
             code: EOPNOTSUPP,
-            message: "the volumes of pool \(pool.name) have no snapshots; those of pools of type local do")
+            message:
+                "the volumes of pool \(pool.name) have no snapshots; those of pools of type local and of clusters do")
     }
 
     /// Of a mapped volume, what was acknowledged before is in it; its clients see a pause.
@@ -17,7 +18,9 @@ extension VolumeManager {
         let snapshots = try Self.snapshots(of: pool)
         let name = "\(pool.name)/\(volume)"
         let made = try await names.run(name) { [self] () throws(BackendError) in
-            guard let mapping = mapping(name), mapping.pool === pool, !mapping.options.readOnly else {
+            guard snapshots.openVolumesMakeSnapshots, let mapping = mapping(name), mapping.pool === pool,
+                !mapping.options.readOnly
+            else {
                 return try await blocking.run { () throws(BackendError) in
                     try snapshots.createSnapshot(volume: volume, snapshot: snapshot)
                 }

@@ -17,7 +17,7 @@ enum Daemon {
         let path = try ControlPath.reserve(options.socketPath)
         let manager = try await makeManager(options, configuration, logger)
         await manager.restore { (pool, config) throws(BackendError) in
-            do throws(ControlError) { return try await pools.pool(pool, config) } catch {
+            do throws(ControlError) { return try await pools.pool(pool, config, transport: .tcp) } catch {
                 throw BackendError(code: error.code, message: error.message)
             }
         }

@@ -14,7 +14,7 @@ struct DaemonService: ControlService {
     func map(_ request: MapRequest) async throws(ControlError) -> MapRequest.Answer {
         let name = try VolumeName.reachable(request.volume, snapshot: .allowed)
         let config = try ConfigPath.validate(request.config)
-        let pool = try await pools.pool(name.pool, config)
+        let pool = try await pools.pool(name.pool, config, transport: name.transport)
         var limits = ThrottleLimits.none
         request.limits.apply(to: &limits)
         do throws(BackendError) {
@@ -66,7 +66,7 @@ struct DaemonService: ControlService {
         guard let config = request.config ?? request.defaultConfig else {
             throw .notMapped("\(name) is not mapped; name the configuration of its pool to grow it all the same")
         }
-        let pool = try await pools.pool(name.pool, try ConfigPath.validate(config))
+        let pool = try await pools.pool(name.pool, try ConfigPath.validate(config), transport: name.transport)
         do throws(BackendError) {
             return PoolVolume(
                 try await manager.resize(pool, volume: name.volume, to: request.size), inPool: name.pool)
@@ -151,7 +151,7 @@ struct DaemonService: ControlService {
 extension DaemonService {
     func create(_ request: CreateRequest) async throws(ControlError) -> CreateRequest.Answer {
         let name = try VolumeName.reachable(request.volume)
-        let pool = try await pools.pool(name.pool, try ConfigPath.validate(request.config))
+        let pool = try await pools.pool(name.pool, try ConfigPath.validate(request.config), transport: name.transport)
         do throws(BackendError) {
             let record = try await manager.create(
                 pool, volume: name.volume, size: request.size, blockSize: request.blockSize)
@@ -163,7 +163,7 @@ extension DaemonService {
 
     func delete(_ request: DeleteRequest) async throws(ControlError) -> DeleteRequest.Answer {
         let name = try VolumeName.reachable(request.volume)
-        let pool = try await pools.pool(name.pool, try ConfigPath.validate(request.config))
+        let pool = try await pools.pool(name.pool, try ConfigPath.validate(request.config), transport: name.transport)
         do throws(BackendError) {
             try await manager.delete(pool, volume: name.volume, snapshots: request.snapshots)
         } catch {

@@ -68,8 +68,11 @@ actor PoolDirectory {
 
     /// The pool of this name in the configuration at this path.
     ///
+    /// - Parameter transport: what the volume's name asks for, which goes before the configuration.
     /// - Throws: as `configuration`; code 2 when the file has no such pool.
-    func pool(_ name: String, _ path: String) throws(ControlError) -> any VolumePool {
+    func pool(
+        _ name: String, _ path: String, transport: Transport? = nil
+    ) throws(ControlError) -> any VolumePool {
         let configuration = try configuration(path)
         do throws(ConfigurationError) {
             try VolumeName.validate(component: name, as: "pool name")
@@ -80,6 +83,9 @@ actor PoolDirectory {
         do throws(ConfigurationError) { described = try configuration.pool(named: name) } catch {
             throw ControlError(ENOENT, "\(error)")
         }
+        if case .pureFlash(_, _, let client) = described.kind, (transport ?? client.connType) == .rdma {
+            throw Feature.rdma.comesLater
+        }
         let key = Key(config: path, pool: described)
         if let pool = pools[key] { return pool }
         let pool: any VolumePool =
@@ -88,7 +94,7 @@ actor PoolDirectory {
             case .memory: MemoryPool(name: name)
             case .pureFlash(let zookeeper, let conductor, let client):
                 PureFlashPool(
-                    name: name, conductor: try self.conductor(zookeeper, conductor, client),
+                    name: name, conductor: self.conductor(zookeeper, conductor, client),
                     settings: PureFlashSettings(client),
                     logger: logger)
             }
@@ -99,8 +105,7 @@ actor PoolDirectory {
     private func conductor(
         _ zookeeper: DaemonConfiguration.ZooKeeper, _ conductor: DaemonConfiguration.Conductor,
         _ client: DaemonConfiguration.Client
-    ) throws(ControlError) -> ConductorClient {
-        guard client.connType == .tcp else { throw Feature.rdma.comesLater }
+    ) -> ConductorClient {
         let timeout = client.connTimeout
         guard conductor.endpoints.isEmpty else {
             return ConductorClient(

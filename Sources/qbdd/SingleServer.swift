@@ -13,7 +13,7 @@ enum SingleServer {
         let name = try VolumeName.reachable(options.serve ?? "", snapshot: .allowed)
         let descriptor = try inheritedSocket()
         let pools = PoolDirectory(defaultPath: options.isConfigNamed ? nil : options.configPath, logger: logger)
-        let pool = try await pools.pool(name.pool, options.configPath)
+        let pool = try await pools.pool(name.pool, options.configPath, transport: name.transport)
         do throws(BackendError) {
             let manager = try VolumeManager(
                 nbdSocketPath: options.nbdSocketPath, tcpListen: nil,

@@ -225,3 +225,91 @@ def test_no_conductor():
         failed.failed(110, "conductor", "cannot be reached")
         assert time.monotonic() - began < 30
         store.start()
+
+
+def test_snapshots_of_a_cluster():
+    with cluster() as (daemon, (store,)):
+        daemon.qbd("create", "disk/v", "-k", "1G").succeeded()
+        # Of a volume that is not mapped, that is, and that has I/O.
+        daemon.qbd("snapshot", "create", "disk/v@empty").succeeded()
+        uri = daemon.qbd("map", "--export", "disk/v").succeeded().out.strip()
+        handle = connected(uri)
+        handle.pwrite(b"a" * MiB, 63 * MiB + 512 * KiB)
+        over = threading.Event()
+
+        def write():
+            writer = connected(uri)
+            while not over.is_set():
+                writer.pwrite(os.urandom(4096), 512 * MiB)
+            writer.shutdown()
+
+        load = threading.Thread(target=write)
+        load.start()
+        try:
+            answer = daemon.json("snapshot", "create", "disk/v@first")
+        finally:
+            over.set()
+            load.join()
+        assert (answer["snapshot"], answer["size"]) == ("disk/v@first", GiB)
+        handle.pwrite(b"b" * MiB, 63 * MiB + 512 * KiB)
+        daemon.qbd("resize", "disk/v", "-k", "2G").succeeded()
+        daemon.qbd("snapshot", "create", "disk/v@first").failed(17, "disk/v@first")
+        daemon.qbd("snapshot", "create", "disk/none@s").failed(2, "none")
+        daemon.qbd("create", "ram/v", "-k", "64M").succeeded()
+        daemon.qbd("snapshot", "create", "ram/v@s").failed(121, "ram", "no snapshots")
+
+        for name, expected in (("empty", bytes(MiB)), ("first", b"a" * MiB)):
+            mapped = daemon.qbd("map", "--export", f"tcp://disk/v@{name}").succeeded().out.strip()
+            snapshot = connected(mapped)
+            assert snapshot.get_size() == GiB and snapshot.is_read_only()
+            assert snapshot.pread(MiB, 63 * MiB + 512 * KiB) == expected
+            snapshot.set_strict_mode(0)
+            with pytest.raises(nbd.Error):
+                snapshot.pwrite(bytes(4096), 0)
+            # As after a failure of the store.
+            store.faults(reopen=1)
+            assert snapshot.pread(MiB, 63 * MiB + 512 * KiB) == expected
+            snapshot.shutdown()
+            status = daemon.json("info", f"disk/v@{name}")
+            assert status["read_only"] and status["size"] == GiB
+        assert handle.pread(MiB, 63 * MiB + 512 * KiB) == b"b" * MiB
+        handle.shutdown()
+        daemon.qbd("map", "--export", "disk/v@none").failed(2, "none")
+
+        # What a conductor cannot do.
+        for words in (["list", "disk/v"], ["delete", "disk/v@first"]):
+            daemon.qbd("snapshot", *words).failed(95, "a PureFlash conductor has no operation to", "disk/v")
+        daemon.qbd("clone", "disk/v@first", "disk/w").failed(95, "a PureFlash conductor has no operation to", "disk/w")
+
+        # A new daemon has the snapshot mapped as well.
+        daemon.stop()
+        daemon.start()
+        snapshot = connected(daemon.uri("disk/v@first"))
+        assert snapshot.pread(MiB, 63 * MiB + 512 * KiB) == b"a" * MiB
+        snapshot.shutdown()
+        for name in ("disk/v@first", "disk/v@empty", "disk/v"):
+            daemon.qbd("unmap", name).succeeded()
+        daemon.qbd("snapshot", "rollback", "disk/v@first").failed(95, "a PureFlash conductor has no operation to")
+        daemon.qbd("delete", "disk/v").succeeded()
+
+
+def test_rdma_is_refused():
+    with cluster() as (daemon, _):
+        daemon.qbd("create", "ram/v", "-k", "64M").succeeded()
+        for words in (
+            ["create", "rdma://ram/w", "-k", "64M"], ["delete", "rdma://ram/v"], ["map", "--export", "rdma://ram/v"],
+            ["resize", "rdma://ram/v", "-k", "128M"], ["snapshot", "create", "rdma://ram/v@s"],
+        ):  # fmt: skip
+            daemon.qbd(*words).failed(95, "rdma://", "later version", "use tcp://")
+        daemon.stop()
+        daemon.config.write_text(daemon.config.read_text() + "conn_type=rdma\n")
+        daemon.start()
+        daemon.qbd("map", "--export", "ram/v").failed(95, "rdma://", "later version", "use tcp://")
+        # The name's scheme comes before the configuration, also for the next daemon.
+        daemon.qbd("map", "--export", "tcp://ram/v").succeeded()
+        daemon.stop()
+        daemon.start()
+        handle = connected(daemon.uri("ram/v"))
+        handle.pwrite(b"x" * 512, 0)
+        handle.shutdown()
+        daemon.qbd("unmap", "tcp://ram/v").succeeded()
