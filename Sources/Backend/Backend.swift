@@ -86,8 +86,70 @@ package protocol Backend: AnyObject {
     /// elsewhere. What arrives there counts as a write in flight from then on, whether it is submitted or not.
     func placement(offset: UInt64, length: UInt32) -> UnsafeMutableRawPointer?
 
+    /// For people; nil where the bytes are not with others.
+    var report: ClusterReport? { get }
+
     /// Leaves the loop. Nothing is in flight. The volume's descriptors and locks stay with its `OpenVolume`.
     func close()
+}
+
+extension Backend {
+    package var report: ClusterReport? { nil }
+}
+
+/// Who has the bytes of a volume, and how it is with the way there.
+package struct ClusterReport: Sendable, Equatable {
+    package struct Shard: Sendable, Equatable {
+        /// Of the stores that have it, the primary's first; empty when there is none.
+        package let addresses: [String]
+        /// Of the store that is asked.
+        package let store: String?
+
+        package init(addresses: [String], store: String?) {
+            self.addresses = addresses
+            self.store = store
+        }
+    }
+
+    package enum StoreState: String, Sendable {
+        /// Nothing was asked of it yet.
+        case unused
+        case connecting
+        case connected
+        /// The connection is lost; it is made again when there is I/O for it.
+        case lost
+    }
+
+    package struct Store: Sendable, Equatable {
+        package let address: String
+        package let state: StoreState
+        /// Those that are up.
+        package let connections: Int
+        /// Without an answer.
+        package let requests: Int
+        /// Why a connection was lost and is not back.
+        package let trouble: String?
+
+        package init(address: String, state: StoreState, connections: Int, requests: Int, trouble: String?) {
+            self.address = address
+            self.state = state
+            self.connections = connections
+            self.requests = requests
+            self.trouble = trouble
+        }
+    }
+
+    /// By index.
+    package let shards: [Shard]
+    package let stores: [Store]
+    /// Why I/O waits, in one sentence; nil when it does not.
+    package let waits: String?
+
+    package init(shards: [Shard], stores: [Store], waits: String?) {
+        self.shards = shards
+        self.stores = stores
+        self.waits = waits
+    }
 }
 
 /// A volume opened by its pool and not yet running on a loop.

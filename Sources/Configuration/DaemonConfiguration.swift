@@ -39,6 +39,8 @@ package struct DaemonConfiguration: Sendable {
         package internal(set) var tcpNoDelay = true
         /// Requests in flight on one connection, 1 to 255.
         package internal(set) var ioDepth = 64
+        /// Connections of one volume to one store, 1 to 8.
+        package internal(set) var connectionsPerStore = 1
         /// TCP port of the stores' data connections.
         package internal(set) var storePort = 49162
         /// How long one I/O may take, retries included, before it fails.

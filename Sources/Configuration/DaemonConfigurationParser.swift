@@ -130,6 +130,8 @@ extension DaemonConfigurationParser {
             configuration.client.storePort = try Value.integer(value, of: key, in: 1...65535)
         case ("client", "io_depth"):
             configuration.client.ioDepth = try Value.integer(value, of: key, in: 1...255)
+        case ("client", "connections_per_store"):
+            configuration.client.connectionsPerStore = try Value.integer(value, of: key, in: 1...8)
         case ("client", "io_timeout"):
             configuration.client.ioTimeout = try Value.seconds(value, of: key)
         case ("client", "conn_timeout"):

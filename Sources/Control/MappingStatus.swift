@@ -4,8 +4,20 @@ package struct MappingStatus: Codable, Sendable, Equatable {
     package var counters: Counters
     package var heldBack: HeldBack
     package var latency: Latency
+    /// Of a cluster's volume, by index; nil, and then absent, of others.
+    package var shards: [Shard]?
+    /// Of a cluster's volume.
+    package var stores: [Store]?
+    /// Why I/O waits for its cluster, in one sentence; nil, and then absent, when it does not.
+    package var waits: String?
 
-    package init(mapping: MappingRecord, counters: Counters, heldBack: HeldBack, latency: Latency) {
+    package init(
+        mapping: MappingRecord, counters: Counters, heldBack: HeldBack, latency: Latency, shards: [Shard]? = nil,
+        stores: [Store]? = nil, waits: String? = nil
+    ) {
+        self.shards = shards
+        self.stores = stores
+        self.waits = waits
         self.mapping = mapping
         self.counters = counters
         self.heldBack = heldBack
@@ -29,6 +41,45 @@ package struct MappingStatus: Codable, Sendable, Equatable {
         package enum CodingKeys: String, CodingKey {
             case requests, by
             case oldest = "oldest_ms"
+        }
+    }
+
+    /// 64 GiB of a cluster's volume.
+    package struct Shard: Codable, Sendable, Equatable {
+        package var index: Int
+        /// Addresses of those that have it, the primary's first.
+        package var stores: [String]
+        /// The one that is asked; nil, and then absent, when there is none.
+        package var store: String?
+
+        package init(index: Int, stores: [String], store: String?) {
+            self.index = index
+            self.stores = stores
+            self.store = store
+        }
+    }
+
+    /// A store of a cluster, as this volume sees it.
+    package struct Store: Codable, Sendable, Equatable {
+        package var address: String
+        /// `unused`, `connecting`, `connected` or `lost`.
+        package var state: String
+        package var connections: Int
+        package var inFlight: Int
+        /// Why a connection was lost; nil, and then absent, when none is.
+        package var trouble: String?
+
+        package init(address: String, state: String, connections: Int, inFlight: Int, trouble: String?) {
+            self.address = address
+            self.state = state
+            self.connections = connections
+            self.inFlight = inFlight
+            self.trouble = trouble
+        }
+
+        package enum CodingKeys: String, CodingKey {
+            case address, state, connections, trouble
+            case inFlight = "in_flight"
         }
     }
 
@@ -113,7 +164,7 @@ package struct MappingStatus: Codable, Sendable, Equatable {
     }
 
     package enum CodingKeys: String, CodingKey {
-        case counters, latency
+        case counters, latency, shards, stores, waits
         case heldBack = "held_back"
     }
 
@@ -124,6 +175,9 @@ package struct MappingStatus: Codable, Sendable, Equatable {
         counters = try fields.decode(Counters.self, forKey: .counters)
         heldBack = try fields.decode(HeldBack.self, forKey: .heldBack)
         latency = try fields.decode(Latency.self, forKey: .latency)
+        shards = try fields.decodeIfPresent([Shard].self, forKey: .shards)
+        stores = try fields.decodeIfPresent([Store].self, forKey: .stores)
+        waits = try fields.decodeIfPresent(String.self, forKey: .waits)
     }
 
     package func encode(to encoder: any Encoder) throws {
@@ -132,5 +186,8 @@ package struct MappingStatus: Codable, Sendable, Equatable {
         try fields.encode(counters, forKey: .counters)
         try fields.encode(heldBack, forKey: .heldBack)
         try fields.encode(latency, forKey: .latency)
+        try fields.encodeIfPresent(shards, forKey: .shards)
+        try fields.encodeIfPresent(stores, forKey: .stores)
+        try fields.encodeIfPresent(waits, forKey: .waits)
     }
 }

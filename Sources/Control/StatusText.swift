@@ -29,6 +29,12 @@ package enum StatusText {
             ("in flight", String(counters.inFlight)),
             ("held back", heldBack(status.heldBack)),
         ]
+        if let shards = status.shards {
+            let lost = shards.filter { $0.store == nil }.map(\.index)
+            lines.append(("shards", "\(shards.count)" + (lost.isEmpty ? "" : ", no store serves \(ranges(lost))")))
+        }
+        for store in status.stores ?? [] { lines.append(("store", line(store, status.shards ?? []))) }
+        if status.shards != nil { lines.append(("waits", status.waits ?? "no")) }
         lines.append(("read latency", percentiles(latency.reads)))
         lines.append(("write latency", percentiles(latency.writes)))
         lines.append(("flush latency", percentiles(latency.flushes)))
@@ -70,6 +76,29 @@ package enum StatusText {
         guard held.requests > 0 else { return "0" }
         let why = held.by == "throttle" ? "they wait for their limits" : "the volume is suspended"
         return "\(held.requests), the oldest for \(held.oldest / 1000).\(held.oldest / 100 % 10) s: \(why)"
+    }
+
+    /// As in "192.0.2.1, connected, shards 0-2 5, 1 connection, 3 in flight".
+    private static func line(_ store: MappingStatus.Store, _ shards: [MappingStatus.Shard]) -> String {
+        let own = shards.filter { $0.store == store.address }.map(\.index)
+        let serves = own.isEmpty ? "no shard" : "shard\(own.count == 1 ? "" : "s") \(ranges(own))"
+        let count = "\(store.connections) connection\(store.connections == 1 ? "" : "s")"
+        let trouble = store.trouble.map { "; \($0)" } ?? ""
+        return "\(store.address), \(store.state), \(serves), \(count), \(store.inFlight) in flight\(trouble)"
+    }
+
+    /// - Parameter numbers: ascending.
+    private static func ranges(_ numbers: [Int]) -> String {
+        var runs: [ClosedRange<Int>] = []
+        for number in numbers {
+            if let last = runs.last, last.upperBound + 1 == number {
+                runs[runs.count - 1] = last.lowerBound...number
+            } else {
+                runs.append(number...number)
+            }
+        }
+        return runs.map { $0.count == 1 ? "\($0.lowerBound)" : "\($0.lowerBound)-\($0.upperBound)" }
+            .joined(separator: " ")
     }
 
     private static func percentiles(_ value: MappingStatus.Percentiles) -> String {

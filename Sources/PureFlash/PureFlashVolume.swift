@@ -16,8 +16,14 @@ package struct PureFlashSettings: Hashable, Sendable {
     package var ioTimeout: UInt64
     /// Nanoseconds for a connection with its handshake, and for one answer of a conductor.
     package var connectTimeout: UInt64
+    /// Of each volume, which take requests in turn.
+    package var connectionsPerStore: Int
 
-    package init(noDelay: Bool, port: UInt16, depth: Int, ioTimeout: UInt64, connectTimeout: UInt64) {
+    package init(
+        noDelay: Bool, port: UInt16, depth: Int, ioTimeout: UInt64, connectTimeout: UInt64,
+        connectionsPerStore: Int = 1
+    ) {
+        self.connectionsPerStore = connectionsPerStore
         self.noDelay = noDelay
         self.port = port
         self.depth = depth
@@ -26,7 +32,8 @@ package struct PureFlashSettings: Hashable, Sendable {
     }
 }
 
-/// A volume of a PureFlash cluster, on a loop: each shard on the store that serves it, one connection to each store.
+/// A volume of a PureFlash cluster, on a loop: each shard on the store that serves it, one connection to each store, or a
+/// few.
 ///
 /// What goes wrong with a connection, a store or the layout is answered with one thing: the conductor is asked to open
 /// the volume again, once for all requests that wait, and these are sent again where its answer says. That goes on until
@@ -50,23 +57,27 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     private(set) var geometry: Geometry
     let logger: Logger
     private let opened: PureFlashOpenVolume
-    private let loop: EventLoop
+    let loop: EventLoop
     private let buffers: BufferPool
     private unowned(unsafe) let client: any BackendClient
-    private let settings: PureFlashSettings
+    let settings: PureFlashSettings
     private let zeros: Buffer
 
-    private var layout: VolumeLayout
+    private(set) var layout: VolumeLayout
     /// Counts the conductor's answers.
     private var view: UInt32 = 0
-    private var connections: [StoreConnection] = []
-    /// By shard: an index into `connections`, or -1 where no store is known.
-    private var routes: [Int]
+    /// Those of one store side by side.
+    private(set) var connections: [StoreConnection] = []
+    /// By shard: the index of its store's first in `connections`, or -1 where no store is known.
+    private(set) var routes: [Int]
+    /// Which of a store's connections takes the next request.
+    private var lane = 0
     /// By shard: which of its addresses is used.
     private var choices: [Int]
 
     private var requests: Slab<StoreRequest>
-    private var oldest: UnsafeMutablePointer<StoreRequest>?
+    var waiting: Int { requests.inUse }
+    private(set) var oldest: UnsafeMutablePointer<StoreRequest>?
     private var newest: UnsafeMutablePointer<StoreRequest>?
     /// Wait for a layout.
     private var stranded = StoreQueue()
@@ -76,7 +87,7 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     /// Tries in a row without an answered request.
     private var troubles = 0
     /// Why requests wait.
-    private var trouble: String?
+    private(set) var trouble: String?
     /// The log says that I/O waits.
     private var isAnnounced = false
     /// What was logged, and when.
@@ -209,21 +220,27 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
 
     private func connection(of shard: Int) -> StoreConnection? {
         if routes[shard] < 0 { routes[shard] = route(shard) }
-        return routes[shard] < 0 ? nil : connections[routes[shard]]
+        let first = routes[shard]
+        guard first >= 0 else { return nil }
+        guard settings.connectionsPerStore > 1 else { return connections[first] }
+        lane = lane &+ 1 < settings.connectionsPerStore ? lane &+ 1 : 0
+        return connections[first &+ lane]
     }
 
-    /// The connection to the address that is used for a shard, made on demand; -1 when there is none.
+    /// The connections to the address that is used for a shard, made on demand; -1 when there are none.
     private func route(_ shard: Int) -> Int {
         let addresses = layout.shards[shard].addresses
         guard !addresses.isEmpty else { return -1 }
         let name = addresses[choices[shard] % addresses.count]
         if let index = connections.firstIndex(where: { $0.name == name }) { return index }
         guard let address = StoreAddress(name, port: settings.port) else { return -1 }
-        connections.append(
-            StoreConnection(
-                name: name, address: address, volumeID: layout.id, settings: settings, loop: loop, buffers: buffers,
-                owner: self))
-        return connections.count - 1
+        for _ in 0..<settings.connectionsPerStore {
+            connections.append(
+                StoreConnection(
+                    name: name, address: address, volumeID: layout.id, settings: settings, loop: loop,
+                    buffers: buffers, owner: self))
+        }
+        return connections.count - settings.connectionsPerStore
     }
 
     /// What goes on the wire for a request, this time.
@@ -266,7 +283,7 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
             return dispatch(request)
         }
         let shard = Int(request.pointee.shard)
-        if status.code == .notPrimary, routes[shard] >= 0, connections[routes[shard]] === connection {
+        if status.code == .notPrimary, serves(connection, shard) {
             // The conductor may name the same stores: then the primary is another one of them.
             routes[shard] = -1
             choices[shard] &+= 1
@@ -333,12 +350,11 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     func connectionFailed(_ connection: StoreConnection, _ reason: String) {
         guard !closed else { return }
         // The next address of each shard that was served there, unless the conductor has something newer.
-        if let index = connections.firstIndex(where: { $0 === connection }) {
-            for shard in routes.indices where routes[shard] == index {
-                routes[shard] = -1
-                if connection.failures > 1 { choices[shard] &+= 1 }
-            }
+        for shard in routes.indices where serves(connection, shard) {
+            routes[shard] = -1
+            if connection.failures > 1 { choices[shard] &+= 1 }
         }
+        if connection.lostRequests { failOthers(connection) }
         guard !stranded.isEmpty else {
             let text = "store \(connection.name): \(reason)"
             if isWorthTelling(text) { logger.info("\(text)") }
@@ -346,6 +362,19 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
         }
         report("store \(connection.name): \(reason)")
         scheduleReopen()
+    }
+
+    private func serves(_ connection: StoreConnection, _ shard: Int) -> Bool {
+        routes[shard] >= 0 && connections[routes[shard]].name == connection.name
+    }
+
+    /// The store may still execute what was sent on a connection that is lost. Nothing newer may reach it before it has
+    /// answered another handshake, so the other connections to it end as well.
+    private func failOthers(_ connection: StoreConnection) {
+        guard settings.connectionsPerStore > 1 else { return }
+        for other in connections where other !== connection && other.name == connection.name && other.state != .closed {
+            other.fail("another connection to this store was lost")
+        }
     }
 
     /// Says what is wrong once, not for every request and try.
@@ -459,11 +488,12 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     /// Closes the connections to stores that serve no shard any more, each when it has its last answer.
     private func leaveStrays() {
         let named = Set(layout.shards.flatMap(\.addresses))
-        hasStrays = false
+        var busy: Set<String> = []
         for connection in connections where !named.contains(connection.name) {
-            if connection.isIdle { connection.close() } else { hasStrays = true }
+            if connection.isIdle { connection.close() } else { busy.insert(connection.name) }
         }
-        connections.removeAll { !named.contains($0.name) && $0.isIdle }
+        hasStrays = !busy.isEmpty
+        connections.removeAll { !named.contains($0.name) && !busy.contains($0.name) }
         for shard in routes.indices { routes[shard] = -1 }
     }
 

@@ -60,6 +60,10 @@ final class StoreConnection: EventSource {
     var isIdle: Bool { inFlight == 0 && waiting.isEmpty }
     /// How often it failed since its last answer.
     private(set) var failures = 0
+    /// Why it failed last, until it is there again.
+    private(set) var lastFailure: String?
+    /// When it failed last, the store had requests of it.
+    private(set) var lostRequests = false
 
     init(
         name: String, address: StoreAddress, volumeID: UInt64, settings: PureFlashSettings, loop: EventLoop,
@@ -231,6 +235,7 @@ final class StoreConnection: EventSource {
         for index in 0..<depth { freeIDs[index] = UInt16(depth - 1 - index) }
         freeCount = depth
         state = .ready
+        lastFailure = nil
         owner.connected(self)
         flush()
     }
@@ -425,6 +430,8 @@ final class StoreConnection: EventSource {
 
     /// Closes it first; then everything that was under way on it goes back to the volume.
     func fail(_ reason: String) {
+        lostRequests = inFlight > 0 || hasAbandoned
+        lastFailure = reason
         close()
         failures += 1
         socketIsFull = false

@@ -327,7 +327,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
             counters: counters, inFlight: requests.inUse, heldBack: heldBack(),
             readLatency: readLatency.summary(), writeLatency: writeLatency.summary(),
             flushLatency: flushLatency.summary(), clients: sessions.map(\.peer).filter { $0 != KernelSide.peer },
-            kernelConnections: kernel.sessions.count, answered: activity)
+            kernelConnections: kernel.sessions.count, answered: activity, cluster: store?.report)
     }
 }
 
@@ -358,4 +358,5 @@ package struct VolumeLoopStatus: Sendable {
     package let kernelConnections: Int
     /// Changes with every request that is answered.
     let answered: UInt64
+    let cluster: ClusterReport?
 }

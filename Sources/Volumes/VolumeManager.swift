@@ -452,7 +452,7 @@ package final class VolumeManager: Sendable {
             mapping: describe(mapping, status), counters: status.counters, inFlight: status.inFlight,
             heldBack: status.heldBack,
             readLatency: status.readLatency, writeLatency: status.writeLatency, flushLatency: status.flushLatency,
-            clients: status.clients)
+            clients: status.clients, cluster: status.cluster)
     }
 
     private func describe(_ mapping: Mapping) async -> MappedVolume {

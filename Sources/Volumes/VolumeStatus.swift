@@ -56,4 +56,6 @@ package struct VolumeStatus: Sendable {
     package let flushLatency: LatencySummary
     /// "unix" or the address of each client.
     package let clients: [String]
+    /// Nil unless the volume is a cluster's.
+    package let cluster: ClusterReport?
 }

@@ -76,7 +76,16 @@ extension MappingStatus {
                 by: status.heldBack.reason?.rawValue),
             latency: .init(
                 reads: .init(status.readLatency), writes: .init(status.writeLatency),
-                flushes: .init(status.flushLatency)))
+                flushes: .init(status.flushLatency)),
+            shards: status.cluster?.shards.enumerated().map {
+                Shard(index: $0, stores: $1.addresses, store: $1.store)
+            },
+            stores: status.cluster?.stores.map {
+                Store(
+                    address: $0.address, state: $0.state.rawValue, connections: $0.connections, inFlight: $0.requests,
+                    trouble: $0.trouble)
+            },
+            waits: status.cluster?.waits)
     }
 }
 

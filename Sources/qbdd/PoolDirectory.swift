@@ -168,7 +168,8 @@ extension PureFlashSettings {
         self.init(
             noDelay: client.tcpNoDelay, port: UInt16(client.storePort), depth: client.ioDepth,
             ioTimeout: UInt64(client.ioTimeout.nanoseconds),
-            connectTimeout: UInt64(client.connTimeout.nanoseconds))
+            connectTimeout: UInt64(client.connTimeout.nanoseconds),
+            connectionsPerStore: client.connectionsPerStore)
     }
 }
 

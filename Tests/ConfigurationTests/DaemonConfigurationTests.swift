@@ -11,6 +11,7 @@ struct DaemonConfigurationTests {
         #expect(configuration.conductor.endpoints == [])
         #expect(configuration.client.tcpNoDelay)
         #expect(configuration.client.ioDepth == 64)
+        #expect(configuration.client.connectionsPerStore == 1)
         #expect(configuration.client.ioTimeout == .seconds(30))
         #expect(configuration.client.connTimeout == .seconds(8))
         #expect(configuration.client.openVolumeTimeout == .seconds(180))
@@ -81,6 +82,7 @@ struct DaemonConfigurationTests {
             [client]
             tcp_no_delay = 0
             io_depth = 255
+            connections_per_store = 8
             io_timeout = 1
             conn_timeout = 86400
             open_volume_timeout = 2
@@ -88,6 +90,7 @@ struct DaemonConfigurationTests {
             """)
         #expect(!configuration.client.tcpNoDelay)
         #expect(configuration.client.ioDepth == 255)
+        #expect(configuration.client.connectionsPerStore == 8)
         #expect(configuration.client.ioTimeout == .seconds(1))
         #expect(configuration.client.connTimeout == .seconds(86_400))
         #expect(configuration.client.openVolumeTimeout == .seconds(2))
@@ -220,6 +223,10 @@ struct DaemonConfigurationTests {
                 "'open_volume_timeout' is 'x'; it must be a whole number of seconds from 1 to 86400"
             ),
             ("client", "tcp_no_delay=2", "'tcp_no_delay' is '2'; it must be 1 or 0"),
+            (
+                "client", "connections_per_store=9",
+                "'connections_per_store' is '9'; it must be a whole number from 1 to 8"
+            ),
             ("client", "conn_type=RDMA", "'conn_type' is 'RDMA'; it must be tcp or rdma"),
             ("nbd", "max_connections=0", "'max_connections' is '0'; it must be a whole number from 1 to 1024"),
             ("nbd", "listen=10809", "'listen': '10809' has no port; write host:port or [IPv6 address]:port"),

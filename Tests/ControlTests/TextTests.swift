@@ -1,4 +1,5 @@
 import Control
+import FoundationEssentials
 import Testing
 
 @Suite("What qbd prints")
@@ -82,6 +83,37 @@ struct TextTests {
                 flush latency: - (none yet)
 
                 """)
+    }
+
+    @Test("info shows a cluster's shards and stores, and why I/O waits")
+    func cluster() throws {
+        let none = MappingStatus.Percentiles(count: 0, p50: 0, p90: 0, p99: 0, p999: 0, max: 0)
+        let owners = ["192.0.2.1", "192.0.2.1", "192.0.2.2", "192.0.2.1", nil]
+        let status = MappingStatus(
+            mapping: mapping,
+            counters: .init(
+                reads: 0, writes: 0, flushes: 0, trims: 0, readBytes: 0, writtenBytes: 0, errors: 0, slow: 0,
+                inFlight: 4),
+            heldBack: .init(requests: 0, oldest: 0),
+            latency: .init(reads: none, writes: none, flushes: none),
+            shards: owners.enumerated().map { .init(index: $0, stores: $1.map { [$0] } ?? [], store: $1) },
+            stores: [
+                .init(address: "192.0.2.1", state: "connected", connections: 2, inFlight: 3, trouble: nil),
+                .init(address: "192.0.2.2", state: "lost", connections: 0, inFlight: 0, trouble: "connect: no"),
+                .init(address: "192.0.2.3", state: "unused", connections: 0, inFlight: 0, trouble: nil),
+            ],
+            waits: "a request waits for 2.0 s: store 192.0.2.2: connect: no")
+        #expect(
+            StatusText.text(status).contains(
+                """
+                shards:        5, no store serves 4
+                store:         192.0.2.1, connected, shards 0-1 3, 2 connections, 3 in flight
+                store:         192.0.2.2, lost, shard 2, 0 connections, 0 in flight; connect: no
+                store:         192.0.2.3, unused, no shard, 0 connections, 0 in flight
+                waits:         a request waits for 2.0 s: store 192.0.2.2: connect: no
+
+                """))
+        #expect(try JSONDecoder().decode(MappingStatus.self, from: JSONEncoder().encode(status)) == status)
     }
 
     @Test("info says why I/O waits, and for how long")

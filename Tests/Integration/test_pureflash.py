@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import signal
 import subprocess
 import threading
 import time
@@ -313,3 +314,121 @@ def test_rdma_is_refused():
         handle.pwrite(b"x" * 512, 0)
         handle.shutdown()
         daemon.qbd("unmap", "tcp://ram/v").succeeded()
+
+
+def stand_still(process):
+    """SIGSTOP, and returns when the last thread has stopped."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+
+
+def handshakes(stores):
+    return [store.faults()["seen"]["handshakes"] for store in stores]
+
+
+def test_info_of_a_cluster_s_volume():
+    with cluster(3) as (daemon, stores):
+        daemon.qbd("create", "disk/v", "-k", "200G").succeeded()
+        uri = daemon.qbd("map", "--export", "disk/v").succeeded().out.strip()
+        addresses = [store.address for store in stores]
+
+        def info():
+            return daemon.json("info", "disk/v")
+
+        def state(index):
+            return next(store for store in info()["stores"] if store["address"] == addresses[index])
+
+        # Shard n is at store n modulo three, and nothing was asked yet.
+        shards = info()["shards"]
+        assert [(shard["index"], shard["stores"], shard["store"]) for shard in shards] == [
+            (index, [addresses[index % 3]], addresses[index % 3]) for index in range(4)
+        ]
+        assert [(store["address"], store["state"], store["connections"]) for store in info()["stores"]] == [
+            (address, "unused", 0) for address in addresses
+        ]
+        handle = connected(uri)
+        handle.pread(4096, 0)
+        assert [state(index)["state"] for index in range(3)] == ["connected", "unused", "unused"]
+        for shard in range(4):
+            handle.pread(4096, shard * SHARD)
+        assert [(state(index)["state"], state(index)["connections"]) for index in range(3)] == [("connected", 1)] * 3
+        assert handshakes(stores) == [1, 1, 1], "two shards at one store share its connection"
+        text = daemon.qbd("info", "disk/v").succeeded().out
+        assert f"{addresses[0]}, connected, shards 0 3, 1 connection, 0 in flight" in text
+        assert "waits:         no\n" in text and "waits" not in info()
+
+        # A store that stands still.
+        stand_still(stores[1].process)
+        try:
+            cookie = handle.aio_pread(nbd.Buffer(4096), SHARD)
+            waits = wait_for(lambda: info().get("waits"), "info says that I/O waits")
+            assert f"the store {addresses[1]} does not answer" in waits and waits.startswith("a request waits for 1.")
+            assert (state(1)["state"], state(1)["in_flight"]) == ("connected", 1)
+            # The others go on.
+            handle.pread(4096, 0)
+        finally:
+            stores[1].process.send_signal(signal.SIGCONT)
+        wait_for(lambda: handle.poll(10) == 1 and handle.aio_command_completed(cookie), "the read is done")
+        assert "waits" not in info()
+
+        # One that is gone.
+        stores[2].kill()
+        wait_for(lambda: state(2)["state"] == "lost", "the lost connection is noticed")
+        handle.pread(4096, 0)
+        assert "waits" not in info(), "nobody waits for it"
+        cookie = handle.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(4096)), 2 * SHARD)
+
+        # At first the connection is lost; then the conductor says that nobody has the shard.
+        waits = wait_for(lambda: info().get("waits"), "info says that I/O waits")
+        assert waits.startswith("a request waits for") and ("refused" in waits or "shard 2" in waits)
+        wait_for(lambda: "no store serves shard 2" in info()["waits"], "info says what is wrong")
+        handle.pread(4096, 0)
+        assert "no store serves shard 2" in info()["waits"], "what other stores answer is no reason to be content"
+        text = daemon.qbd("info", "disk/v").succeeded().out
+        assert "shards:        4, no store serves 2\n" in text and "waits:         a request waits for" in text
+        assert info()["shards"][2] == {"index": 2, "stores": []}
+        stores[2].start()
+        wait_for(lambda: handle.poll(10) == 1 and handle.aio_command_completed(cookie), "the write is done")
+        assert state(2)["state"] == "connected" and "trouble" not in state(2) and "waits" not in info()
+        handle.shutdown()
+
+
+def test_a_hundred_shards_on_three_stores_have_three_connections():
+    with cluster(3) as (daemon, stores):
+        daemon.qbd("create", "disk/v", "-k", "6400G").succeeded()
+        uri = daemon.qbd("map", "--export", "disk/v").succeeded().out.strip()
+        handle = connected(uri)
+        assert handshakes(stores) == [0, 0, 0], "connections are made on demand"
+        for shard in range(100):
+            handle.pwrite(shard.to_bytes(512, "big"), shard * SHARD)
+        for shard in range(100):
+            assert handle.pread(512, shard * SHARD) == shard.to_bytes(512, "big")
+        assert handshakes(stores) == [1, 1, 1]
+        handle.shutdown()
+
+
+def test_several_connections_to_a_store():
+    with cluster(connections_per_store=4) as (daemon, (store,)):
+        daemon.qbd("create", "ram/v", "-k", "1G").succeeded()
+        uri = daemon.qbd("map", "--export", "ram/v").succeeded().out.strip()
+        handle = connected(uri)
+        handle.pread(512, 0)
+        assert handshakes([store]) == [1], "connections are made on demand"
+        verify(uri, 2)
+        assert handshakes([store]) == [4]
+        assert daemon.json("info", "ram/v")["stores"][0]["connections"] == 4
+        # One that is lost with requests on it takes the others with it: none may overtake what the store still does.
+        store.faults(drop=300)
+        verify(uri, 2)
+        store.faults(clear=1)
+        handle.pwrite(b"a" * 512, 0)
+        before = handshakes([store])[0]
+        store.faults(stop=1)
+        cookie = handle.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"b" * 512)), 0)
+        wait_for(lambda: daemon.json("info", "ram/v")["stores"][0]["in_flight"] == 1, "the write is at the store")
+        store.faults(wrong_id=1, stop=0)
+        wait_for(lambda: handle.poll(10) == 1 and handle.aio_command_completed(cookie), "the write is done")
+        verify(uri, 1)
+        assert handshakes([store])[0] == before + 4
+        assert daemon.json("info", "ram/v")["counters"]["errors"] == 0
+        handle.shutdown()
