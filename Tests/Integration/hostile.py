@@ -18,6 +18,7 @@ from harness import KiB, MiB, free_port
 from pureflash import COMMAND, HANDSHAKE, INVALID_STATE, NOT_PRIMARY, READ, REOPEN, REPLY, SUCCESS, WRITE, addresses
 
 SIZE = 64 * MiB
+TCP_ESTABLISHED = b"\x01"
 
 
 class Volume:
@@ -32,6 +33,9 @@ class Volume:
         self.connected = 0
         self.opened = 0
         self.writers = set()
+        # Connections that came while another one of this volume and address was open: a request may have been sent
+        # again while the store could still execute it.
+        self.overlaps = 0
 
     def layout(self, address):
         return {
@@ -100,11 +104,14 @@ class Cluster:
             hello = await reader.readexactly(HANDSHAKE.size)
             number = HANDSHAKE.unpack(hello)[4]
             volume = next(each for each in self.volumes.values() if each.id == number)
+            # Which of the addresses it is, for those that behave differently at each.
+            address = writer.get_extra_info("sockname")[0]
             volume.connected += 1
+            volume.overlaps += sum(
+                is_open(other) and other.get_extra_info("sockname")[0] == address for other in volume.writers
+            )
             volume.writers.add(writer)
             try:
-                # Which of the addresses it is, for those that behave differently at each.
-                address = writer.get_extra_info("sockname")[0]
                 await volume.store(volume, hello, reader, writer, address)
             finally:
                 volume.writers.discard(writer)
@@ -131,6 +138,15 @@ def abort(writer):
     with contextlib.suppress(OSError):
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
+
+
+def is_open(writer):
+    """Whether the client keeps the connection, as this machine's kernel knows at once."""
+    raw = writer.get_extra_info("socket")
+    try:
+        return raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == TCP_ESTABLISHED
+    except OSError:
+        return False
 
 
 # What a store does with a connection whose handshake has come
@@ -161,6 +177,23 @@ async def good(volume, hello, reader, writer, address):
         writer.write(reply(number, sequence))
         if opcode == READ:
             writer.write(volume.data[offset : offset + length])
+        await writer.drain()
+
+
+async def lying(volume, hello, reader, writer, address):
+    """One read of ten has a bit turned."""
+    writer.write(welcome(hello))
+    reads = 0
+    while True:
+        opcode, number, offset, length, sequence, payload = await receive(reader)
+        writer.write(reply(number, sequence))
+        if opcode == WRITE:
+            volume.data[offset : offset + length] = payload
+        else:
+            data = bytearray(volume.data[offset : offset + length])
+            reads += 1
+            data[length // 2] ^= reads % 10 == 0
+            writer.write(data)
         await writer.drain()
 
 

@@ -8,8 +8,9 @@ import nbd
 import pytest
 from bystander import Bystander
 from harness import MiB, SLOWNESS, Daemon, wait_for
-from hostile import CONDUCTORS, SLOW_CONDUCTORS, STORES, Cluster, Spent, good
+from hostile import CONDUCTORS, SLOW_CONDUCTORS, STORES, Cluster, Spent, good, lying
 from pureflash import Store
+from test_pureflash import verify
 
 IO_TIMEOUT = 1
 
@@ -127,6 +128,8 @@ def test_hostile_stores():
                 assert handle.pread(65536, MiB) == b"n" * 65536
             resident.append(daemon.resident())
         assert resident[-1] < resident[0] + 24 * MiB, f"memory grows: {resident}"
+        overlaps = {name: volume.overlaps for name, volume in cluster.volumes.items() if volume.overlaps}
+        assert not overlaps, f"connected again before the last connection was closed: {overlaps}"
         log = daemon.log().splitlines()
         for name, (_, words) in STORES.items():
             lines = [line for line in log if re.search(rf"x/{name}\b", line)]
@@ -244,5 +247,18 @@ def test_a_conductor_that_names_other_stores_every_time():
             volume.store = good
             landed({"v": flight}, 10)
             assert set(flight.errors) == {0}
+        assert volume.overlaps == 0
         assert daemon.descriptors() <= before + 4, "connections stay"
         handle.shutdown()
+
+
+def test_the_load_finds_a_store_that_lies():
+    """The check of the check."""
+    with surroundings() as (daemon, cluster, hostile, _):
+        volume = cluster.volume("v")
+        uri = daemon.qbd("map", "--export", "x/v", "-c", str(hostile)).succeeded().out.strip()
+        verify(uri, 1, "--size=48M")
+        volume.store = lying
+        cluster.disconnect(volume)
+        with pytest.raises(AssertionError, match="verify"):
+            verify(uri, 10, "--size=48M")

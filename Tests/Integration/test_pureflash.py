@@ -1,16 +1,16 @@
 """qbdd with volumes of a PureFlash cluster, which is one or more qbd-stores."""
 
 import contextlib
+import json
 import os
 import random
 import signal
 import subprocess
-import threading
 import time
 
 import nbd
 import pytest
-from harness import KiB, MiB, Daemon, run, wait_for
+from harness import KiB, MiB, Daemon, run
 from pureflash import OBJECT, SHARD, Store, addresses
 
 GiB = 1024 * MiB
@@ -55,13 +55,16 @@ def connected(uri):
 
 
 def verify(uri, seconds=3, *options):
-    """Fio's own check of what it has written, with I/O of all sizes."""
+    """Fio's own check of what it has written, with I/O of all sizes. Returns how many reads and writes it did."""
     done = subprocess.run(
         ["fio", "--name=verify", "--ioengine=nbd", f"--uri={uri}", "--rw=randrw", "--bsrange=512-256k", "--iodepth=32",
-         "--size=256M", "--time_based", f"--runtime={seconds}", "--verify=crc32c", "--verify_state_save=0",
-         "--verify_fatal=1", *options],
+         # Not time_based: with that fio begins the next pass while it still verifies the last, and reads what it writes.
+         "--size=256M", "--loops=10000", f"--runtime={seconds}", "--verify=crc32c", "--verify_state_save=0",
+         "--verify_fatal=1", "--verify_backlog=64", "--output-format=json", *options],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=180)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    job = json.loads(done.stdout[done.stdout.index("{"):])["jobs"][0]
+    return job["read"]["total_ios"], job["write"]["total_ios"]
 
 
 def test_a_volume_from_its_creation_to_its_end(tmp_path):
@@ -116,40 +119,6 @@ def test_three_shards_on_three_stores():
             assert used > 4 * MiB, f"store {index} has {used} bytes"
 
 
-@pytest.mark.parametrize(
-    "switch",
-    [{"drop": 50}, {"reopen": 64}, {"twice": 1}, {"wrong_id": 1}, {"half": 1}, {"delay": 40}, {"empty_stores": 3}],
-    ids=lambda switch: next(iter(switch)),
-)
-def test_a_faulty_store_costs_time_and_nothing_else(switch):
-    with cluster() as (daemon, (store,)):
-        daemon.qbd("create", "ram/v", "-k", "1G").succeeded()
-        uri = daemon.qbd("map", "--export", "ram/v").succeeded().out.strip()
-        over = threading.Event()
-
-        def disturb():
-            while not over.wait(0.4):
-                store.faults(**switch)
-                if "delay" in switch:
-                    over.wait(0.3)
-                    store.faults(clear=1)
-
-        disturber = threading.Thread(target=disturb)
-        disturber.start()
-        try:
-            verify(uri, 4)
-        finally:
-            over.set()
-            disturber.join()
-        store.faults(clear=1)
-        began = time.monotonic()
-        handle = connected(uri)
-        handle.pread(4096, 0)
-        handle.shutdown()
-        assert time.monotonic() - began < 10
-        assert daemon.json("info", "ram/v")["counters"]["errors"] == 0
-
-
 def test_one_open_for_all_that_wait():
     with cluster() as (daemon, (store,)):
         daemon.qbd("create", "ram/v", "-k", "1G").succeeded()
@@ -166,56 +135,8 @@ def test_one_open_for_all_that_wait():
             assert handle.poll(10_000) == 1
         for cookie in pending:
             assert handle.aio_command_completed(cookie)
-        # A second one where the answers came in two pieces.
-        assert 1 <= store.faults()["seen"]["opens"] - before <= 3
+        assert store.faults()["seen"]["opens"] - before == 1
         handle.shutdown()
-
-
-def test_a_store_that_dies_under_load_and_comes_back():
-    with cluster() as (daemon, (store,)):
-        daemon.qbd("create", "disk/v", "-k", "1G").succeeded()
-        uri = daemon.qbd("map", "--export", "disk/v").succeeded().out.strip()
-        failures = []
-
-        def watched():
-            try:
-                verify(uri, 8)
-            except AssertionError as failure:
-                failures.append(failure)
-
-        load = threading.Thread(target=watched)
-        load.start()
-        for _ in range(5):
-            time.sleep(random.uniform(0.2, 0.8))
-            store.kill()
-            time.sleep(random.uniform(0, 0.5))
-            store.start()
-        load.join()
-        assert not failures, failures
-        assert daemon.json("info", "disk/v")["counters"]["errors"] == 0
-
-
-def test_a_store_that_stays_away_fails_io_and_recovers():
-    with cluster(io_timeout=2) as (daemon, (store,)):
-        daemon.qbd("create", "disk/v", "-k", "1G").succeeded()
-        uri = daemon.qbd("map", "--export", "disk/v").succeeded().out.strip()
-        handle = connected(uri)
-        handle.pwrite(b"a" * 4096, 0)
-        store.kill()
-        began = time.monotonic()
-        with pytest.raises(nbd.Error, match="(?i)input/output error"):
-            handle.pwrite(b"b" * 4096, 0)
-        assert 1.5 < time.monotonic() - began < 30
-        store.start()
-        wait_for(lambda: _reads(handle), "I/O again", 20)
-        handle.shutdown()
-
-
-def _reads(handle):
-    try:
-        return handle.pread(4096, 0)
-    except nbd.Error:
-        return None
 
 
 def test_no_conductor():
