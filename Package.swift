@@ -111,8 +111,22 @@ let package = Package(
 // `make fuzz` and nothing else: programs that libFuzzer drives.
 if Context.environment["QBD_FUZZ"] != nil {
     let programs: [(name: String, rooms: [Target.Dependency])] = [
+        ("FuzzConductor", ["PureFlash", "Backend", "FuzzSupport"]),
         ("FuzzConfiguration", ["Configuration", "FuzzSupport"]),
         ("FuzzHandshake", ["NBD", "FuzzSupport"]),
+        (
+            "FuzzStoreClient",
+            [
+                "PureFlash", "Backend", "EventLoop", "FuzzSupport", .product(name: "Logging", package: "swift-log"),
+            ]
+        ),
+        (
+            "FuzzStoreServer",
+            [
+                "StoreServer", "PureFlash", "EventLoop", "Configuration", "FuzzSupport",
+                .product(name: "Logging", package: "swift-log"),
+            ]
+        ),
         (
             "FuzzTransmission",
             [

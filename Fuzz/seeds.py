@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the seeds of the NBD fuzz targets into Fuzz/corpus: one file for each thing a client can do."""
+"""Writes the seeds of the fuzz targets of protocols into Fuzz/corpus: one file for each thing a client can do."""
 
 import pathlib
 import struct
@@ -95,4 +95,99 @@ write("FuzzTransmission", {
     + request(STATUS, 0, 0, 2048) + request(WRITE, FUA, 1500, 548) + request(READ, 0, 0, 2048),
     "payload-missing": start(0, GO_SIMPLE, 1) + every + request(WRITE, 0, 0, 9000),
     "raw": start(0, GO_SIMPLE, 1) + every + request(RAW, 0, 0, 0) + struct.pack(">IHHQQI", 0x25609513, 0, 1, 7, 0, 99),
+})  # fmt: skip
+
+
+# The store's protocol, little-endian.
+
+RECORDED = """{
+  "status": "OK",
+  "volume_name": "test_v1",
+  "volume_size": 2147483648,
+  "volume_id": 1107296256,
+  "shard_count": 1,
+  "rep_count": 1,
+  "meta_ver": 0,
+  "snap_seq": -1,
+  "shards": [
+    {
+      "index": 0,
+      "store_ips": "127.0.0.1",
+      "status": "OK",
+      "is_shareddisk": 0
+    }
+  ],
+  "shard_lba_cnt_order": 36,
+  "op": "open_volume_reply",
+  "ret_code": 0
+}"""
+write("FuzzConductor", {
+    "recorded": RECORDED.encode(),
+    "three-shards": b'{"volume_size":140000000000,"volume_id":1107296256,"shard_count":3,"meta_ver":7,"snap_seq":2,'
+    b'"shards":[{"index":2,"store_ips":""},{"index":0,"store_ips":"10.0.0.1, 10.0.0.2"},'
+    b'{"index":1,"store_ips":"fe80::1"}],"ret_code":0}',
+    "refusal": b'{"op":"open_volume_reply","reason":"no volume v","ret_code":2}',
+    "large": b'{"volume_size":9223372036854775296,"volume_id":18446744073692774400,"shard_count":1,"meta_ver":70000,'
+    b'"snap_seq":4294967295,"shards":[{"index":0,"store_ips":"::ffff:1.2.3.4"}],"ret_code":0}',
+    "escapes": b'{"ret_code":0,"reason":"\\u00e4\\ud83d\\ude00\\n","shards":[[{}]]}',
+})  # fmt: skip
+
+
+def shake(mode, *rest, cut=0):
+    return bytes([mode | cut << 3, *rest])
+
+
+# Requests of three bytes behind their number, the handshake's mode, then what the store does.
+RIGHT = 5
+requests = bytes([7]) + bytes([0, 0, 7, 1, 4, 0, 2, 120, 15, 3, 0, 255, 0, 8, 255, 1, 64, 3, 0, 64, 3, 1, 9, 9])
+# As recorded: the answers of the reference client's store.
+hello = struct.pack("<hhhhQihHQ", 0, 8, 0, 0, 0x42000000, 0, 0, 0, 0)
+write("FuzzStoreClient", {
+    "right": requests + shake(RIGHT) + bytes([0] * 8),
+    "out-of-order": requests + shake(RIGHT, cut=7) + bytes([0x50, 0x30, 14, 0x20, 14, 0x10, 0, 0, 0, 0]),
+    "reopen": requests + shake(RIGHT) + b"".join(bytes([3, 0]) for _ in range(8)) + bytes([0] * 8),
+    "moved": requests + shake(RIGHT) + bytes([3, 1, 3, 2, 0x13, 3, 4, 4, 0, 0, 3, 5, 0xC4, 0, 5, 0xC1, 0]),
+    "twice": requests + shake(RIGHT) + bytes([0, 0x16]),
+    "other-id": requests + shake(RIGHT) + bytes([0, 7, 1]),
+    "other-sequence": requests + shake(RIGHT) + bytes([8, 0]),
+    "no-zeros": requests + shake(RIGHT) + bytes([0, 0x29, 5, 1]),
+    "half": requests + shake(RIGHT) + bytes([0, 10, 16, 0]),
+    "half-data": requests + shake(RIGHT) + bytes([10, 0, 9]),
+    "noise": requests + shake(RIGHT) + bytes([11, 63]) + bytes(range(64)),
+    "zeros": requests + shake(RIGHT) + bytes([12, 0, 255, 255]),
+    "fields": requests + shake(RIGHT) + bytes([13, 0, 1, 13, 5, 9, 0]),
+    "handshake": requests + shake(0, 32) + hello + bytes([0] * 8),
+    "handshake-long": requests + shake(0, 40, cut=9) + hello + bytes(8),
+    "handshake-depth": requests + shake(1, 2, 0) + bytes([0] * 8),
+    "handshake-deep": requests + shake(1, 255, 255),
+    "handshake-refused": requests + shake(2, 22, 0),
+    "handshake-byte": requests + shake(3, 9, 77),
+    "handshake-half": requests + shake(4, 31),
+})  # fmt: skip
+
+
+def store_command(kind, flags=0, number=0, offset=0, length=8, sequence=0, *rest):
+    """kind: 1 for a write, 0x60 an opcode of its own, 0x80 fields of their own, behind the others, as flags say."""
+    return struct.pack("<BBBHHBH", 0, kind, flags, number, offset, length, sequence) + bytes(rest)
+
+
+some = store_command(1, offset=16) + store_command(0, number=1, offset=16) + store_command(0, number=2, length=255)
+write("FuzzStoreServer", {
+    "right": shake(7) + b"\0" + some,
+    "in-pieces": shake(7, cut=11) + b"\x01" + some + store_command(1, length=255, sequence=7) + some,
+    "cut-off": shake(7) + b"\x85" + some + store_command(1, length=200),
+    "opcode": shake(7) + b"\0" + store_command(0x60, 0, 3, 0, 8, 0, 13) + store_command(0x61, 0, 4, 0, 8, 0, 4) + some,
+    "edges": shake(7) + b"\0" + store_command(1, 1, 5, 120, 16) + store_command(0, 1, 6, 120, 8)
+    + store_command(0, 2, 7, 16383, 2) + store_command(1, 2, 8, 16383, 1) + store_command(0, 3, 9),
+    "stale": shake(7) + b"\0" + store_command(0x80, 4, 1, 0, 8, 0, 1, 0) + store_command(0x81, 8, 2, 0, 8, 0, 16, 0) + some,
+    "snapshot": shake(7) + b"\0" + store_command(0x80, 16, 1, 0, 8, 0, 1, 0) + store_command(0x81, 16, 2, 0, 8, 0, 1, 0),
+    "odd": shake(7) + b"\0" + store_command(0x80, 32, 1, 0, 8, 0, 1) + store_command(0x81, 64, 2, 0, 8, 0, 1, 0, 0) + some,
+    "far": shake(7) + b"\0" + store_command(0x80, 64, 1, 0, 8, 0, 255, 255, 48) + store_command(0x80, 64, 2, 0, 8, 0, 1, 0, 36),
+    "too-long": shake(7) + b"\0" + some + store_command(0x80, 128, 3, 0, 8, 0, 2, 0) + store_command(0x81, 128, 4, 0, 8, 0, 2, 0),
+    "noise": shake(7) + b"\0" + some + b"\x1f\xff" + bytes(range(256)),
+    "handshake": shake(0) + struct.pack("<hhhhQihHQ", 0, 120, 0, 0, 1 << 24, 0, 1, 0, 0) + b"\0" + some,
+    "handshake-depth": shake(1, 0, 1),
+    "handshake-one": shake(1, 1, 0) + b"\0" + some,
+    "handshake-byte": shake(2, 20, 2),
+    "handshake-half": shake(3, 31),
 })  # fmt: skip

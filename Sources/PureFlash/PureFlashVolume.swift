@@ -18,6 +18,9 @@ package struct PureFlashSettings: Hashable, Sendable {
     package var connectTimeout: UInt64
     /// Of each volume, which take requests in turn.
     package var connectionsPerStore: Int
+    /// Nanoseconds between the first two tries. The longest pause while requests wait that may still succeed is eight
+    /// times as long: a second after the cluster is well again, I/O has resumed.
+    package var retryPause: UInt64 = 100_000_000
 
     package init(
         noDelay: Bool, port: UInt16, depth: Int, ioTimeout: UInt64, connectTimeout: UInt64,
@@ -39,10 +42,6 @@ package struct PureFlashSettings: Hashable, Sendable {
 /// the volume again, once for all requests that wait, and these are sent again where its answer says. That goes on until
 /// it works, or until a request is as old as it may be and fails with EIO.
 final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
-    /// Nanoseconds between two tries: the first, and the longest while requests wait that may still succeed. A second
-    /// after the cluster is well again, I/O has resumed.
-    private static let firstPause: UInt64 = 100_000_000
-    private static let longestPause: UInt64 = 800_000_000
     /// Nanoseconds between two looks at the oldest request.
     private static let watch: UInt64 = 250_000_000
     /// Nanoseconds that the conductor has before the stores are tried without its answer.
@@ -292,7 +291,7 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
         report("the store \(connection.name) answered \(status)")
         guard !isReopening, pause?.isArmed == false else { return }
         // At once, but not as often as a store may ask for it.
-        if troubles == 0, loop.now &- lastReopen > Self.firstPause { reopen() } else { scheduleReopen() }
+        if troubles == 0, loop.now &- lastReopen > settings.retryPause { reopen() } else { scheduleReopen() }
     }
 
     private func errorNumber(_ status: StoreStatus, _ request: UnsafeMutablePointer<StoreRequest>) -> Int32 {
@@ -410,7 +409,7 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
 
     private func scheduleReopen() {
         guard pause?.isArmed == false else { return }
-        let longest = min(Self.longestPause, Self.firstPause << UInt64(min(troubles, 5)))
+        let longest = settings.retryPause << UInt64(min(troubles, 3))
         troubles += 1
         // Many hosts lose the same store at the same time.
         pause?.arm(after: longest / 2 + UInt64.random(in: 0...longest / 2))

@@ -1,6 +1,7 @@
 """Stores and conductors that fail under a load that verifies: no error, no wrong byte, one completion each, and I/O goes
 on within a second of the cluster being well."""
 
+import pathlib
 import signal
 import threading
 import time
@@ -82,6 +83,16 @@ def mapped(daemon, volume="ram/v", size="1G"):
     return daemon.qbd("map", "--export", volume).succeeded().out.strip()
 
 
+def stand_still(store):
+    """SIGSTOP, and returns when no thread of it runs any more."""
+    store.process.send_signal(signal.SIGSTOP)
+    tasks = pathlib.Path(f"/proc/{store.process.pid}/task")
+    wait_for(
+        lambda: all(task.read_text().rpartition(")")[2].split()[0] == "T" for task in tasks.glob("*/stat")),
+        "the store stands still",
+    )
+
+
 MANY = 1_000_000
 
 
@@ -145,7 +156,7 @@ def test_a_store_that_stands_still_and_goes_on(seconds):
         load = Load(uri, seconds + 3)
         probe = Probe(uri)
         wait_for(lambda: probe.count > 20, "I/O before", 20)
-        store.process.send_signal(signal.SIGSTOP)
+        stand_still(store)
         time.sleep(seconds)
         store.process.send_signal(signal.SIGCONT)
         probe.resumed(time.monotonic(), "the store's going on")
@@ -243,7 +254,7 @@ def test_a_write_that_was_given_up_does_not_land_on_a_newer_one(way):
         if way == "delay":
             store.faults(delay=4000)
         else:
-            store.process.send_signal(signal.SIGSTOP)
+            stand_still(store)
         began = time.monotonic()
         errors = []
         for index in range(64):

@@ -29,7 +29,7 @@ def test_300_volumes_over_three_stores():
         for name in names:
             stores[0].create("ram", name.split("/")[1], size)
         for name in names:
-            status, answer = daemon.post("map", volume=name, config=str(daemon.config), export=True)
+            status, answer = daemon.post("QBD_IOC_MAP_VOLUME", volume=name, config=str(daemon.config), export=True)
             assert status == 200, f"{name}: {answer}"
         assert connections(stores[0]) == 0, "nobody has asked for data yet"
         for index, name in enumerate(names):
@@ -49,7 +49,7 @@ def test_300_volumes_over_three_stores():
         assert daemon.threads() < count + 20
         print(f"{count} volumes: {time.monotonic() - began:.1f} s, {daemon.resident() >> 20} MiB")
         for name in names[::10]:
-            daemon.post("unmap", volume=name)
+            daemon.post("QBD_IOC_UNMAP_VOLUME", volume=name)
         left = count - len(names[::10])
         wait_for(lambda: connections(stores[0]) == left * 3, "unmapped volumes give their connections up")
 
