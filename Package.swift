@@ -103,6 +103,7 @@ let package = Package(
         .testTarget(name: "NBDTests", dependencies: ["NBD"]),
         .testTarget(name: "LocalPoolTests", dependencies: ["LocalPool"]),
         .testTarget(name: "PureFlashTests", dependencies: ["PureFlash", "Backend"]),
+        .testTarget(name: "StoreServerTests", dependencies: ["StoreServer", "PureFlash", "Backend"]),
         .testTarget(name: "VolumesTests", dependencies: ["Volumes"]),
     ],
     swiftLanguageModes: [.v6]

@@ -104,9 +104,10 @@ final class Client: BackendClient, @unchecked Sendable {
 
     private func check(_ io: UnsafeMutablePointer<IO>) {
         require(io.pointee.segment.count == Int(io.pointee.length))
-        for place in stride(from: 0, to: Int(io.pointee.length), by: 8) {
-            let word = io.pointee.segment.base.load(fromByteOffset: place, as: UInt64.self)
-            require(word == Volume.word(at: Int(io.pointee.offset) + place), "wrong bytes were read")
+        Volume.bytes(Int(io.pointee.offset), Int(io.pointee.length)).withUnsafeBytes { expected in
+            require(
+                memcmp(expected.baseAddress.unsafelyUnwrapped, io.pointee.segment.base, expected.count) == 0,
+                "wrong bytes were read")
         }
     }
 

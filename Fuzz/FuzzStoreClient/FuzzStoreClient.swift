@@ -48,13 +48,19 @@ enum Volume {
     /// Each eight bytes tell where they are: what a write carries and a read must bring.
     static func word(at offset: Int) -> UInt64 { UInt64(offset / 8) &* 0x9E37_79B9_7F4A_7C15 | 1 }
 
-    static func bytes(_ offset: Int, _ length: Int) -> [UInt8] {
-        [UInt8](unsafeUninitializedCapacity: length) { buffer, count in
-            for place in stride(from: 0, to: length, by: 8) {
-                UnsafeMutableRawPointer(buffer.baseAddress.unsafelyUnwrapped).storeBytes(
-                    of: word(at: offset + place), toByteOffset: place, as: UInt64.self)
+    private static let windows = [0, object - edge].map { start in
+        (
+            start: start,
+            bytes: stride(from: 0, to: window, by: 8).flatMap { place in
+                withUnsafeBytes(of: word(at: start + place), Array.init)
             }
-            count = length
-        }
+        )
+    }
+    private static let object = Int(StoreProtocol.objectSize)
+    private static let window = 512 << 10
+
+    static func bytes(_ offset: Int, _ length: Int) -> ArraySlice<UInt8> {
+        let window = windows[offset < object - edge ? 0 : 1]
+        return window.bytes[offset - window.start..<offset - window.start + length]
     }
 }

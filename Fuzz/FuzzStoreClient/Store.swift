@@ -187,10 +187,16 @@ struct Store {
             check(command)
             guard received.count >= whole else { return }
             if isWrite {
-                let payload = received[StoreCommand.size..<whole]
-                require(
-                    payload.elementsEqual(Volume.bytes(Int(command.offset), Int(command.length))),
-                    "a write carries other bytes")
+                let expected = Volume.bytes(Int(command.offset), Int(command.length))
+                let isSame = received.withUnsafeBytes { received in
+                    expected.withUnsafeBytes { expected in
+                        memcmp(
+                            received.baseAddress.unsafelyUnwrapped + StoreCommand.size,
+                            expected.baseAddress.unsafelyUnwrapped,
+                            expected.count) == 0
+                    }
+                }
+                require(isSame, "a write carries other bytes")
             }
             received.removeFirst(whole)
             require(!outstanding.contains { $0.id == command.id }, "an id is used twice")
@@ -223,7 +229,7 @@ struct Store {
         return bytes
     }
 
-    private func data(_ command: StoreCommand, _ status: StoreStatus) -> [UInt8] {
+    private func data(_ command: StoreCommand, _ status: StoreStatus) -> ArraySlice<UInt8> {
         guard command.opcode == StoreCommand.Opcode.read.rawValue, status.code == .success, !status.asksToReopen
         else { return [] }
         return Volume.bytes(Int(command.offset), Int(command.length))

@@ -88,7 +88,7 @@ package final class Faults: Sendable {
     package func set(_ name: Switch, to value: Int) { with(name) { $0.store(value, ordering: .relaxed) } }
 
     /// Takes one from a switch that counts down; false when it is off.
-    func spend(_ name: Switch) -> Bool {
+    package func spend(_ name: Switch) -> Bool {
         with(name) { cell in
             var value = cell.load(ordering: .relaxed)
             while value > 0 {

@@ -6,23 +6,6 @@ import Logging
 import PureFlash
 import Synchronization
 
-/// What a store knows of a volume from the conductor.
-package struct StoreLayout: Sendable, Equatable {
-    package var id: UInt64
-    /// Bytes.
-    package var size: UInt64
-    package var metaVersion: UInt16
-    /// For each shard of the volume, whether this store serves it.
-    package var shards: [Bool]
-
-    package init(id: UInt64, size: UInt64, metaVersion: UInt16, shards: [Bool]) {
-        self.id = id
-        self.size = size
-        self.metaVersion = metaVersion
-        self.shards = shards
-    }
-}
-
 /// A prepared volume: its loop, its connections, and the checks on the way of each command to the backend. Everything
 /// but `start`, `attach`, `update` and `stop` runs on the loop.
 final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
@@ -456,30 +439,9 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
         return slot.pointee.parts == 0
     }
 
-    /// Everything the real engine leaves unchecked, and what it checks.
     @inline(__always)
     private func judge(_ command: StoreCommand) -> StoreStatus {
-        let isWrite = command.opcode == StoreCommand.Opcode.write.rawValue
-        guard isWrite || command.opcode == StoreCommand.Opcode.read.rawValue else { return .invalidOpcode }
-        if command.volumeID != layout.id { return StoreStatus.invalidState.withReopen }
-        if command.metaVersion != layout.metaVersion { return StoreStatus.success.withReopen }
-        if command.length > StoreProtocol.maximumTransfer { return .invalidField }
-        if (command.offset | UInt64(command.length)) & UInt64(StoreProtocol.sector &- 1) != 0 { return .invalidField }
-        let within = command.offset & (StoreProtocol.objectSize &- 1)
-        if within &+ UInt64(command.length) > StoreProtocol.objectSize { return .invalidField }
-        var size = layout.size
-        if command.snapshot != StoreProtocol.head {
-            if isWrite { return .readOnly }
-            guard let snapshot = snapshots[command.snapshot] else { return .invalidField }
-            size = snapshot.backend.geometry.size
-        }
-        // The length is small, and an offset near the largest number is unaligned or crosses its object.
-        if command.offset > size || UInt64(command.length) > size &- command.offset { return .lbaRange }
-        let shard = Int(truncatingIfNeeded: command.offset / StoreProtocol.shardSize)
-        if command.length > 0, shard >= layout.shards.count || !layout.shards[shard] {
-            return StoreStatus.notPrimary.withReopen
-        }
-        return .success
+        layout.verdict(on: command) { snapshots[$0]?.backend.geometry.size }
     }
 
     func completed(_ io: UnsafeMutablePointer<IO>) {
