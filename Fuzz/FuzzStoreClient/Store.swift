@@ -165,6 +165,7 @@ struct Store {
         require(Loopback.isReadable(listener, within: Self.patience), "the client does not connect again")
         connection = Loopback.retrying { Glibc.accept(listener, nil, nil) }
         require(connection >= 0, "accept: errno \(errno)")
+        Loopback.setNoDelay(connection)
         var bytes: [UInt8] = []
         while bytes.count < StoreHandshake.size {
             require(Loopback.isReadable(connection, within: Self.patience), "the client sends no handshake")

@@ -26,9 +26,13 @@ package enum Loopback {
             }
         }
         require(result == 0, "cannot connect: errno \(errno)")
+        setNoDelay(descriptor)
+        return descriptor
+    }
+
+    package static func setNoDelay(_ descriptor: Int32) {
         var one: Int32 = 1
         setsockopt(descriptor, Int32(IPPROTO_TCP), TCP_NODELAY, &one, 4)
-        return descriptor
     }
 
     private static func address(_ port: UInt16) -> sockaddr_in {

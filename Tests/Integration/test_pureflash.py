@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import random
 import signal
 import subprocess
 import threading
@@ -11,7 +10,7 @@ import time
 
 import nbd
 import pytest
-from harness import KiB, MiB, Daemon, run
+from harness import KiB, MiB, Daemon, run, wait_for
 from pureflash import OBJECT, SHARD, Store, addresses
 
 GiB = 1024 * MiB
