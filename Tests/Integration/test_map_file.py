@@ -174,17 +174,17 @@ def test_eight_are_mapped_at_the_same_time(daemon):
     assert results[0].succeeded().out.count("\n") == 9
 
 
-def test_a_hundred_volumes(daemon):
+def test_a_hundred_volumes(daemon, pool):
     """97 are mapped, 3 are named with their lines, and it does not take long."""
-    lines = [f"ram/v{index} export=1" for index in range(100)]
+    lines = [f"{pool}/v{index} export=1" for index in range(100)]
     for index in range(100):
         if index not in (11, 52, 93):
             status, _ = daemon.post(
-                "QBD_IOC_CREATE_VOLUME", volume=f"ram/v{index}", config=str(daemon.config), size=MiB, block_size=512
+                "QBD_IOC_CREATE_VOLUME", volume=f"{pool}/v{index}", config=str(daemon.config), size=MiB, block_size=512
             )
             assert status == 200
-    lines[52] = "ram/v52/x export=1"
-    lines[93] = "ram/v93 export=1 readonly=perhaps"
+    lines[52] = f"{pool}/v52/x export=1"
+    lines[93] = f"{pool}/v93 export=1 readonly=perhaps"
     daemon.file.write_text("# a hundred volumes\n" + "\n".join(lines) + "\n")
     result = daemon.qbd("map-all", "-f", daemon.file, timeout=60)
     assert result.status == 2
@@ -193,10 +193,10 @@ def test_a_hundred_volumes(daemon):
     for line, number in zip(said, (13, 54, 95)):
         assert line.startswith(f"{daemon.file}:{number}: "), line
     good = [index for index in range(100) if index not in (11, 52, 93)]
-    assert result.out == "".join(f"ram/v{index} {daemon.uri(f'ram/v{index}')}\n" for index in good)
-    assert sorted(mapped(daemon)) == sorted(f"ram/v{index}" for index in good)
-    run(["nbdinfo", daemon.uri("ram/v99")]).succeeded()
-    print(f"map-all of 97 volumes, exported: {result.seconds:.2f} s")
+    assert result.out == "".join(f"{pool}/v{index} {daemon.uri(f'{pool}/v{index}')}\n" for index in good)
+    assert sorted(mapped(daemon)) == sorted(f"{pool}/v{index}" for index in good)
+    run(["nbdinfo", daemon.uri(f"{pool}/v99")]).succeeded()
+    print(f"map-all of 97 volumes of {pool}, exported: {result.seconds:.2f} s")
     assert result.seconds < 20, "5 s on a quiet machine"
     unmapped = daemon.qbd("unmap-all", "-f", daemon.file, timeout=60)
     print(f"unmap-all: {unmapped.seconds:.2f} s")
