@@ -15,7 +15,7 @@ package protocol TurnObserver: AnyObject {
 }
 
 /// One thread, one epoll set. Every object registered here is touched by that thread alone; other threads hand it
-/// closures with `post`.
+/// closures with `post`. Who the thread is may change; see `Relief`.
 package final class EventLoop: @unchecked Sendable {
     package let name: String
     /// CLOCK_MONOTONIC in nanoseconds, read once after each wait and when `updateNow` asks: good enough for time-outs
@@ -24,7 +24,16 @@ package final class EventLoop: @unchecked Sendable {
 
     private let epoll: Int32
     private let wake: Int32
-    private var thread: Thread?
+    /// A timer of the kernel's: it is set when the earliest deadline changes, where a time-out of each wait would be set
+    /// and cancelled with each.
+    private let clock: Int32
+    /// What it is set to; later than `timers.earliest` it never is.
+    private var clockDeadline = UInt64.max
+    private let threads = Mutex<[Thread]>([])
+    private let relief = Relief()
+    private var hasRelief = false
+    /// Of `now`: until then nothing is done on this thread that may block.
+    private var blockingResumes: UInt64 = 0
     private var running = true
     private var again = false
     private var restWanted = false
@@ -54,11 +63,17 @@ package final class EventLoop: @unchecked Sendable {
     }
 
     private static let wakeData = UInt64.max
+    private static let clockData = UInt64.max - 1
     private static let eventsPerWait = 64
     /// Nanoseconds. A few requests of a fast client; well below what a disk takes for one.
     private static let restTime = 20_000
     /// Nanoseconds; a wait this short did not sleep.
     private static let busyWait: UInt64 = 4_000
+    /// Nanoseconds. A call that took longer than the first, or so long that another thread took over, is followed by a time
+    /// without such calls.
+    private static let slowCall: UInt64 = 1_000_000
+    private static let afterSlowCall: UInt64 = 20_000_000
+    private static let afterRelief: UInt64 = 1_000_000_000
 
     /// Creates the loop and starts its thread.
     package init(name: String) throws(SystemError) {
@@ -66,15 +81,21 @@ package final class EventLoop: @unchecked Sendable {
         now = monotonicNanoseconds()
         epoll = try retrying("epoll_create1") { epoll_create1(Int32(EPOLL_CLOEXEC)) }
         wake = try retrying("eventfd") { eventfd(0, Int32(EFD_CLOEXEC | EFD_NONBLOCK)) }
+        clock = try retrying("timerfd_create") { timerfd_create(CLOCK_MONOTONIC, Int32(TFD_CLOEXEC | TFD_NONBLOCK)) }
         try retrying("epoll_ctl") {
             qbd_epoll_ctl(epoll, EPOLL_CTL_ADD, wake, EPOLLIN.rawValue, Self.wakeData)
         }
-        thread = try Thread(name: name) { [self] in run() }
+        try retrying("epoll_ctl") {
+            qbd_epoll_ctl(epoll, EPOLL_CTL_ADD, clock, EPOLLIN.rawValue, Self.clockData)
+        }
+        let thread = try Thread(name: name) { [self] in work(leading: true) }
+        threads.withLock { $0.append(thread) }
     }
 
     deinit {
         Glibc.close(epoll)
         Glibc.close(wake)
+        Glibc.close(clock)
     }
 
     // MARK: From any thread
@@ -112,7 +133,11 @@ package final class EventLoop: @unchecked Sendable {
     /// Stops the loop after the closures posted before, and waits for its thread. Sources must be removed before.
     package func stop() {
         post { [self] in running = false }
-        thread?.join()
+        let all = threads.withLock { threads in
+            defer { threads = [] }
+            return threads
+        }
+        for thread in all { thread.join() }
     }
 
     // MARK: On the loop's thread
@@ -166,13 +191,60 @@ package final class EventLoop: @unchecked Sendable {
     @inline(__always)
     package func updateNow() { now = monotonicNanoseconds() }
 
-    // MARK: The thread
+    // MARK: What may block
 
-    private func run() {
+    /// Has a second thread ready, so that `mayBlock` can be true.
+    package func prepareToBlock() throws(SystemError) {
+        guard !hasRelief else { return }
+        let thread = try Thread(name: name) { [self] in work(leading: false) }
+        threads.withLock { $0.append(thread) }
+        hasRelief = true
+    }
+
+    /// Whether a call that seldom blocks may be made on this thread now.
+    @inline(__always)
+    package var mayBlock: Bool { hasRelief && now >= blockingResumes && relief.isThere }
+
+    /// Call right before what may block, and only at the end of a turn.
+    /// - Returns: for `leaveBlocking`.
+    @inline(__always)
+    package func enterBlocking() -> UInt64 { relief.enter() }
+
+    /// Call right behind it.
+    /// - Returns: false when it took so long that another thread is the loop's by now: touch nothing that belongs to the
+    ///   loop, and return.
+    @inline(__always)
+    package func leaveBlocking(_ call: UInt64) -> Bool {
+        guard relief.leave(call) else { return false }
+        let before = now
+        updateNow()
+        if now &- before > Self.slowCall { blockingResumes = now &+ Self.afterSlowCall }
+        return true
+    }
+
+    // MARK: The threads
+
+    private func work(leading: Bool) {
         let events = UnsafeMutablePointer<epoll_event>.allocate(capacity: Self.eventsPerWait)
         defer { events.deallocate() }
         // Timers are due when they are due, not up to 50 us later.
         qbd_set_timer_slack(1)
+        var leads = leading
+        while leads || relief.standBy() {
+            if !leads {
+                updateNow()
+                blockingResumes = now &+ Self.afterRelief
+                // The other one's turn ended in its middle.
+                again = true
+            }
+            if run(events) { return }
+            leads = false
+        }
+    }
+
+    /// - Returns: false when another thread has taken over.
+    private func run(_ events: UnsafeMutablePointer<epoll_event>) -> Bool {
+        let term = relief.term
         while running {
             let count = wait(events)
             now = monotonicNanoseconds()
@@ -184,18 +256,29 @@ package final class EventLoop: @unchecked Sendable {
                     woken = true
                     continue
                 }
+                if data == Self.clockData {
+                    var expirations: UInt64 = 0
+                    _ = read(clock, &expirations, 8)
+                    clockDeadline = .max
+                    continue
+                }
                 let registration = registrations[Int(truncatingIfNeeded: data & 0xffff_ffff)]
                 guard registration.generation == UInt32(truncatingIfNeeded: data >> 32) else { continue }
                 registration.source?.ready(events: qbd_epoll_events(events + index))
             }
             if woken { runPosted() }
             fireTimers(at: now)
-            for observer in observers { observer.endOfTurn() }
+            for observer in observers {
+                observer.endOfTurn()
+                guard relief.term == term else { return false }
+            }
             turnEnd = now
             if restWanted { takeRest() }
         }
         posted.withLock { $0.closed = true }
         runPosted()
+        relief.stop()
+        return true
     }
 
     private func takeRest() {
@@ -209,23 +292,28 @@ package final class EventLoop: @unchecked Sendable {
 
     @inline(__always)
     private func wait(_ events: UnsafeMutablePointer<epoll_event>) -> Int {
-        var timeout = timespec()
         let count: Int32
         if again {
             again = false
-            count = qbd_epoll_wait(epoll, events, Int32(Self.eventsPerWait), &timeout)
-        } else if let deadline = timers.earliest {
-            let time = monotonicNanoseconds()
-            let left = deadline > time ? deadline - time : 0
-            timeout.tv_sec = Int(left / 1_000_000_000)
-            timeout.tv_nsec = Int(left % 1_000_000_000)
+            var timeout = timespec()
             count = qbd_epoll_wait(epoll, events, Int32(Self.eventsPerWait), &timeout)
         } else {
+            if let deadline = timers.earliest, deadline < clockDeadline { setClock(deadline) }
             count = qbd_epoll_wait(epoll, events, Int32(Self.eventsPerWait), nil)
         }
         if count >= 0 { return Int(count) }
         precondition(errno == EINTR, "epoll_wait: \(errnoText(errno))")
         return 0
+    }
+
+    private func setClock(_ deadline: UInt64) {
+        // Zero would stop it.
+        let time = max(deadline, 1)
+        var setting = itimerspec()
+        setting.it_value = timespec(tv_sec: Int(time / 1_000_000_000), tv_nsec: Int(time % 1_000_000_000))
+        let result = timerfd_settime(clock, Int32(TFD_TIMER_ABSTIME), &setting, nil)
+        precondition(result == 0, "timerfd_settime: \(errnoText(errno))")
+        clockDeadline = deadline
     }
 
     private func runPosted() {

@@ -27,13 +27,16 @@ struct FileOperation {
 }
 
 /// Asynchronous file I/O for one loop: collected during a turn, submitted together at its end. On io_uring for all
-/// that it does without a thread of its own; a few threads do the rest, and everything where io_uring is refused.
+/// that it does without a thread of its own. Buffered writes are done by the loop's thread, which another one relieves when
+/// that takes long; a few threads do them while that happens, and everything where io_uring is refused.
 package final class FileRing: EventSource, TurnObserver {
     private let loop: EventLoop
     private var operations: Slab<FileOperation>
     private let ring: UnsafeMutablePointer<io_uring>?
     private var ringToken: EventLoop.Token?
     private let workers: FileWorkers
+    /// Writes of this turn that the loop's thread does itself.
+    private var own = OperationList()
     private var unsubmitted = 0
     private unowned(unsafe) let completion: any FileCompletion
 
@@ -42,10 +45,13 @@ package final class FileRing: EventSource, TurnObserver {
     /// Whether the kernel gave us an io_uring.
     package var usesRing: Bool { ring != nil }
 
+    /// Bytes the loop's thread writes in one turn, and in one call: more takes so long that others had better go on.
+    private static let ownBytes = 1 << 20
+
     /// On the loop's thread.
     /// - Parameters:
     ///   - capacity: most operations at a time.
-    ///   - useRing: false takes the threads for everything.
+    ///   - useRing: false does without io_uring.
     ///   - completion: outlives this object.
     package init(loop: EventLoop, capacity: Int, useRing: Bool = true, completion: any FileCompletion)
         throws(SystemError)
@@ -56,6 +62,7 @@ package final class FileRing: EventSource, TurnObserver {
         ring = useRing ? Self.makeRing() : nil
         workers = try FileWorkers(loop: loop, count: ring == nil ? 4 : 1)
         workers.owner = self
+        try loop.prepareToBlock()
         if let ring {
             ringToken = try loop.add(ring.pointee.ring_fd, events: EPOLLIN.rawValue, source: self)
         }
@@ -140,15 +147,17 @@ package final class FileRing: EventSource, TurnObserver {
         return true
     }
 
-    /// Reads and durability go to the ring. Buffered writes would be handed to a kernel thread each (ext4 has no
-    /// buffered write that does not wait), so a thread of ours takes all writes of a turn with one wake-up.
+    /// Reads and durability go to the ring. Buffered writes would be handed to a kernel thread each: ext4 has no buffered
+    /// write that does not wait, though it seldom does.
     @inline(__always)
     private func route(_ operation: UnsafeMutablePointer<FileOperation>) {
-        guard let ring else { return workers.add(operation) }
-        switch operation.pointee.kind {
-        case .query: workers.add(operation)
-        case .write where operation.pointee.flags == 0: workers.add(operation)
-        default: enqueue(operation, on: ring)
+        let isBuffered = operation.pointee.kind == .write && operation.pointee.flags == 0
+        if isBuffered, operation.pointee.length <= Self.ownBytes, loop.mayBlock {
+            own.append(operation)
+        } else if let ring, !isBuffered, operation.pointee.kind != .query {
+            enqueue(operation, on: ring)
+        } else {
+            workers.add(operation)
         }
     }
 
@@ -198,15 +207,47 @@ package final class FileRing: EventSource, TurnObserver {
     package func ready(events: UInt32) { reap() }
 
     package func endOfTurn() {
-        if let ring {
-            // What completes at once may start more: nothing may stay behind, since nothing would come to submit it.
-            while unsubmitted > 0 {
-                let all = submit(ring)
-                reap()
-                if !all { break }
-            }
+        submitAll()
+        if own.head != nil {
+            guard writeOwn() else { return }
+            submitAll()
         }
         workers.handOver()
+    }
+
+    private func submitAll() {
+        guard let ring else { return }
+        // What completes at once may start more: nothing may stay behind, since nothing would come to submit it.
+        while unsubmitted > 0 {
+            let all = submit(ring)
+            reap()
+            if !all { break }
+        }
+    }
+
+    /// - Returns: false when this thread is the loop's no more.
+    private func writeOwn() -> Bool {
+        var bytes = 0
+        loop.updateNow()
+        while loop.mayBlock, let operation = own.removeFirst() {
+            bytes &+= operation.pointee.length
+            let call = loop.enterBlocking()
+            let result = FileWorkers.perform(operation)
+            guard loop.leaveBlocking(call) else {
+                workers.deliver(operation, result: result)
+                return false
+            }
+            finish(operation, result: result)
+            if bytes >= Self.ownBytes { break }
+        }
+        guard own.head != nil else { return true }
+        if loop.mayBlock {
+            // Answers of this turn go out first.
+            loop.runAgain()
+        } else {
+            while let operation = own.removeFirst() { workers.add(operation) }
+        }
+        return true
     }
 
     private func reap() {

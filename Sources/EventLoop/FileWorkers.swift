@@ -25,42 +25,13 @@ final class FileWorkers: EventSource {
     private let shared: Shared
     private var threads: [Thread] = []
     private var token: EventLoop.Token?
-    private var collected = List()
+    private var collected = OperationList()
     unowned(unsafe) var owner: FileRing?
-
-    private struct List {
-        var head: UnsafeMutablePointer<FileOperation>?
-        var tail: UnsafeMutablePointer<FileOperation>?
-
-        mutating func append(_ operation: UnsafeMutablePointer<FileOperation>) {
-            operation.pointee.next = nil
-            append(chainFrom: operation, to: operation)
-        }
-
-        mutating func append(
-            chainFrom first: UnsafeMutablePointer<FileOperation>, to last: UnsafeMutablePointer<FileOperation>
-        ) {
-            if let tail { tail.pointee.next = first } else { head = first }
-            tail = last
-        }
-
-        mutating func removeAll() -> List {
-            defer { self = List() }
-            return self
-        }
-
-        mutating func removeFirst() -> UnsafeMutablePointer<FileOperation>? {
-            guard let first = head else { return nil }
-            head = first.pointee.next
-            if head == nil { tail = nil }
-            return first
-        }
-    }
 
     private final class Shared: @unchecked Sendable {
         struct Queues: @unchecked Sendable {
-            var waiting = List()
-            var finished = List()
+            var waiting = OperationList()
+            var finished = OperationList()
             var stopped = false
         }
         let queues = Mutex(Queues())
@@ -120,6 +91,14 @@ final class FileWorkers: EventSource {
         }
     }
 
+    /// Takes over an operation that was done on a thread which is the loop's no more. From any thread.
+    func deliver(_ operation: UnsafeMutablePointer<FileOperation>, result: Int32) {
+        operation.pointee.result = result
+        var done = OperationList()
+        done.append(operation)
+        Self.finished(done, shared)
+    }
+
     func close() {
         shared.queues.withLock { $0.stopped = true }
         Self.signal(shared.work)
@@ -153,8 +132,8 @@ final class FileWorkers: EventSource {
     private static func run(_ shared: Shared, alone: Bool) {
         while true {
             var more = false
-            var (mine, stopped) = shared.queues.withLock { queues -> (List, Bool) in
-                var mine = List()
+            var (mine, stopped) = shared.queues.withLock { queues -> (OperationList, Bool) in
+                var mine = OperationList()
                 var bytes = 0
                 for _ in 0..<grab where bytes < grabbedBytes {
                     guard let operation = queues.waiting.removeFirst() else { break }
@@ -175,23 +154,27 @@ final class FileWorkers: EventSource {
                 continue
             }
             if more { signal(shared.work) }
-            var finished = List()
+            var finished = OperationList()
             while let operation = mine.removeFirst() {
                 operation.pointee.result = perform(operation)
                 finished.append(operation)
             }
-            guard let head = finished.head, let tail = finished.tail else { continue }
-            let first = shared.queues.withLock { queues in
-                let first = queues.finished.head == nil
-                queues.finished.append(chainFrom: head, to: tail)
-                return first
-            }
-            if first { signal(shared.done) }
+            Self.finished(finished, shared)
         }
     }
 
+    private static func finished(_ list: OperationList, _ shared: Shared) {
+        guard let head = list.head, let tail = list.tail else { return }
+        let first = shared.queues.withLock { queues in
+            let first = queues.finished.head == nil
+            queues.finished.append(chainFrom: head, to: tail)
+            return first
+        }
+        if first { signal(shared.done) }
+    }
+
     /// - Returns: as io_uring does: bytes or 0, or a negative errno.
-    private static func perform(_ operation: UnsafeMutablePointer<FileOperation>) -> Int32 {
+    static func perform(_ operation: UnsafeMutablePointer<FileOperation>) -> Int32 {
         let op = operation.pointee
         while true {
             let result: Int
@@ -239,5 +222,35 @@ final class FileWorkers: EventSource {
             position = next
         }
         return count
+    }
+}
+
+/// Operations in their order, linked through themselves.
+struct OperationList {
+    private(set) var head: UnsafeMutablePointer<FileOperation>?
+    private(set) var tail: UnsafeMutablePointer<FileOperation>?
+
+    mutating func append(_ operation: UnsafeMutablePointer<FileOperation>) {
+        operation.pointee.next = nil
+        append(chainFrom: operation, to: operation)
+    }
+
+    mutating func append(
+        chainFrom first: UnsafeMutablePointer<FileOperation>, to last: UnsafeMutablePointer<FileOperation>
+    ) {
+        if let tail { tail.pointee.next = first } else { head = first }
+        tail = last
+    }
+
+    mutating func removeAll() -> OperationList {
+        defer { self = OperationList() }
+        return self
+    }
+
+    mutating func removeFirst() -> UnsafeMutablePointer<FileOperation>? {
+        guard let first = head else { return nil }
+        head = first.pointee.next
+        if head == nil { tail = nil }
+        return first
     }
 }

@@ -7,14 +7,15 @@ extension Session {
 
     /// One recv per turn: a flood on one connection leaves the others their turn.
     func receive() {
-        guard let input = roomToReceive() else { return fail("out of memory") }
+        guard let input = roomToReceive(), missing <= Self.largePayload || placeFirst(input) else {
+            return fail("out of memory")
+        }
         var count: Int
         if let left = placement?.left, left > 0 {
             count = receiveInPlace(left, input)
         } else {
-            var limit = input.pointee.room
-            if missing > Self.largePayload { limit = min(limit, missing + RequestHeader.size) }
-            count = recv(descriptor, input.pointee.base + input.pointee.end, limit, Int32(MSG_DONTWAIT))
+            count = recv(
+                descriptor, input.pointee.base + input.pointee.end, input.pointee.room, Int32(MSG_DONTWAIT))
             if count > 0 { input.pointee.end &+= count }
         }
         if count > 0 {
@@ -133,8 +134,8 @@ extension Session {
                     let whole = RequestHeader.size &+ Int(header.length)
                     guard available >= whole else {
                         missing = whole &- available
-                        if missing > Self.largePayload, place(header, input) { return }
-                        if !makeRoom(whole) { fail("out of memory") }
+                        // A large one gets its place when the rest is received: those before it may have left theirs.
+                        if missing <= Self.largePayload, !makeRoom(whole) { fail("out of memory") }
                         return
                     }
                     guard accept(header, .write, input, consuming: whole) else { return pause() }
@@ -167,9 +168,12 @@ extension Session {
         return true
     }
 
-    /// Moves what has arrived of a write to its place, or to a piece of memory of its own, where the rest will follow:
-    /// aligned, it is copied on at full speed.
-    private func place(_ header: RequestHeader, _ input: UnsafeMutablePointer<Input>) -> Bool {
+    /// Moves what has arrived of the first request, a large write, to its place, or to a piece of memory of its own, where
+    /// the rest will follow: aligned, it is copied on at full speed.
+    /// - Returns: false when there is no memory.
+    private func placeFirst(_ input: UnsafeMutablePointer<Input>) -> Bool {
+        let front = input.pointee.base + input.pointee.start
+        guard placement == nil, let header = RequestHeader.decode(front) else { return true }
         var own: UnsafeMutablePointer<Input>?
         var base = target.placement(offset: header.offset, length: header.length)
         if base == nil {
@@ -178,7 +182,7 @@ extension Session {
         }
         guard let base else { return false }
         let received = input.pointee.available &- RequestHeader.size
-        base.copyMemory(from: input.pointee.base + (input.pointee.start &+ RequestHeader.size), byteCount: received)
+        base.copyMemory(from: front + RequestHeader.size, byteCount: received)
         input.pointee.start = input.pointee.end
         missing = 0
         placement = Placement(header: header, base: base, received: received, own: own)

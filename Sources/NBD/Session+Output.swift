@@ -41,7 +41,7 @@ extension Session {
     /// Whether the client has replies to go on with. On a Unix socket the kernel tells what the peer has not read yet.
     @inline(__always)
     var clientIsBusy: Bool {
-        guard mayRest, placement == nil else { return false }
+        guard mayRest, placement == nil, missing == 0 else { return false }
         return Int(qbd_socket_unread(descriptor)) >= unreadWhenBusy
     }
 

@@ -175,16 +175,17 @@ def test_connections_that_the_kernel_gives_up_cost_nothing(store, new_daemon, ke
     daemon = new_daemon(connections=2, pool_path=store.path).start()
     device = daemon.disk("disk/a")
     assert len(list((device.sys / "mq").iterdir())) == 2
-    pathlib.Path(device.sys / "queue/io_timeout").write_text("1000")
+    patience = pathlib.Path(device.sys / "queue/io_timeout")
     with Load(device, options=["--fdatasync=16"]) as load:
         for _ in range(4):
+            # Every new connection comes with the usual patience.
+            wait_for(lambda: patience.read_text().strip() != "1000", "the connections are complete")
+            patience.write_text("1000")
             load.run_for(2)
             store.stop()
             before = len(kernel_log.matching(GIVEN_UP))
             wait_for(lambda: len(kernel_log.matching(GIVEN_UP)) > before, "the kernel gives a connection up")
             store.go_on()
-            # The new connection came with the usual patience.
-            pathlib.Path(device.sys / "queue/io_timeout").write_text("1000")
         load.finish(seconds=100)
     assert kernel_log.matching(IO_ERROR) == []
 
