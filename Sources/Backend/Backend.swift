@@ -139,13 +139,16 @@ package struct ClusterReport: Sendable, Equatable {
         }
     }
 
+    /// Who is asked where the shards are.
+    package let conductor: String
     /// By index.
     package let shards: [Shard]
     package let stores: [Store]
     /// Why I/O waits, in one sentence; nil when it does not.
     package let waits: String?
 
-    package init(shards: [Shard], stores: [Store], waits: String?) {
+    package init(conductor: String, shards: [Shard], stores: [Store], waits: String?) {
+        self.conductor = conductor
         self.shards = shards
         self.stores = stores
         self.waits = waits

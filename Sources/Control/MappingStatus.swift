@@ -4,6 +4,8 @@ package struct MappingStatus: Codable, Sendable, Equatable {
     package var counters: Counters
     package var heldBack: HeldBack
     package var latency: Latency
+    /// Of a cluster's volume: who says where its shards are; nil, and then absent, of others.
+    package var conductor: String?
     /// Of a cluster's volume, by index; nil, and then absent, of others.
     package var shards: [Shard]?
     /// Of a cluster's volume.
@@ -12,9 +14,10 @@ package struct MappingStatus: Codable, Sendable, Equatable {
     package var waits: String?
 
     package init(
-        mapping: MappingRecord, counters: Counters, heldBack: HeldBack, latency: Latency, shards: [Shard]? = nil,
-        stores: [Store]? = nil, waits: String? = nil
+        mapping: MappingRecord, counters: Counters, heldBack: HeldBack, latency: Latency, conductor: String? = nil,
+        shards: [Shard]? = nil, stores: [Store]? = nil, waits: String? = nil
     ) {
+        self.conductor = conductor
         self.shards = shards
         self.stores = stores
         self.waits = waits
@@ -164,7 +167,7 @@ package struct MappingStatus: Codable, Sendable, Equatable {
     }
 
     package enum CodingKeys: String, CodingKey {
-        case counters, latency, shards, stores, waits
+        case counters, latency, conductor, shards, stores, waits
         case heldBack = "held_back"
     }
 
@@ -175,6 +178,7 @@ package struct MappingStatus: Codable, Sendable, Equatable {
         counters = try fields.decode(Counters.self, forKey: .counters)
         heldBack = try fields.decode(HeldBack.self, forKey: .heldBack)
         latency = try fields.decode(Latency.self, forKey: .latency)
+        conductor = try fields.decodeIfPresent(String.self, forKey: .conductor)
         shards = try fields.decodeIfPresent([Shard].self, forKey: .shards)
         stores = try fields.decodeIfPresent([Store].self, forKey: .stores)
         waits = try fields.decodeIfPresent(String.self, forKey: .waits)
@@ -186,6 +190,7 @@ package struct MappingStatus: Codable, Sendable, Equatable {
         try fields.encode(counters, forKey: .counters)
         try fields.encode(heldBack, forKey: .heldBack)
         try fields.encode(latency, forKey: .latency)
+        try fields.encodeIfPresent(conductor, forKey: .conductor)
         try fields.encodeIfPresent(shards, forKey: .shards)
         try fields.encodeIfPresent(stores, forKey: .stores)
         try fields.encodeIfPresent(waits, forKey: .waits)

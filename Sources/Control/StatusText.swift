@@ -29,11 +29,7 @@ package enum StatusText {
             ("in flight", String(counters.inFlight)),
             ("held back", heldBack(status.heldBack)),
         ]
-        if let shards = status.shards {
-            let lost = shards.filter { $0.store == nil }.map(\.index)
-            lines.append(("shards", "\(shards.count)" + (lost.isEmpty ? "" : ", no store serves \(ranges(lost))")))
-        }
-        for store in status.stores ?? [] { lines.append(("store", line(store, status.shards ?? []))) }
+        lines += cluster(status)
         if status.shards != nil { lines.append(("waits", status.waits ?? "no")) }
         lines.append(("read latency", percentiles(latency.reads)))
         lines.append(("write latency", percentiles(latency.writes)))
@@ -42,6 +38,16 @@ package enum StatusText {
         return lines.map { key, value in
             "\(key):\(String(repeating: " ", count: width - key.utf8.count + 1))\(value)\n"
         }.joined()
+    }
+
+    /// Lines on the cluster of a volume; none for others.
+    package static func cluster(_ status: MappingStatus) -> [(String, String)] {
+        guard let shards = status.shards else { return [] }
+        let lost = shards.filter { $0.store == nil }.map(\.index)
+        return [
+            ("conductor", status.conductor ?? "-"),
+            ("shards", "\(shards.count)" + (lost.isEmpty ? "" : ", no store serves \(ranges(lost))")),
+        ] + (status.stores ?? []).map { ("store", line($0, shards)) }
     }
 
     private static func size(_ bytes: UInt64) -> String {

@@ -50,6 +50,14 @@ package final class ConductorClient: Sendable {
         self.timeout = .nanoseconds(timeout)
     }
 
+    /// Who is asked, as far as that is known; for people.
+    var name: String {
+        switch source {
+        case .endpoints(let endpoints): endpoints.map(\.description).joined(separator: ",")
+        case .zooKeeper(let discovery): discovery.last?.description ?? "-"
+        }
+    }
+
     // MARK: Operations
 
     /// Opens a volume and calls back, on a thread of its own; tries each conductor once.

@@ -135,6 +135,8 @@ final class PureFlashOpenVolume: OpenVolume {
     var record: VolumeRecord { known.withLock { $0.record } }
     /// As of the last time the volume was opened or grown.
     var layout: VolumeLayout { known.withLock { $0.layout } }
+    /// Who is asked for it; for people.
+    var conductor: String { pool.conductor.name }
     /// A store has no trim.
     var canTrim: Bool { false }
     var protocolName: String { "tcp" }

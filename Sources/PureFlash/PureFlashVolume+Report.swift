@@ -14,7 +14,7 @@ extension PureFlashVolume {
         for name in layout.shards.flatMap(\.addresses) + connections.map(\.name) where !names.contains(name) {
             names.append(name)
         }
-        return ClusterReport(shards: shards, stores: names.map(store), waits: waits)
+        return ClusterReport(conductor: opened.conductor, shards: shards, stores: names.map(store), waits: waits)
     }
 
     private func store(_ name: String) -> ClusterReport.Store {

@@ -55,7 +55,7 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
 
     private(set) var geometry: Geometry
     let logger: Logger
-    private let opened: PureFlashOpenVolume
+    let opened: PureFlashOpenVolume
     let loop: EventLoop
     private let buffers: BufferPool
     private unowned(unsafe) let client: any BackendClient

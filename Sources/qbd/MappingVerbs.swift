@@ -43,7 +43,12 @@ struct Map: VerbCommand {
         let entry = try entry(name, config: path)
         let outcome = try await Mapper(client: common.client).map(entry, config: path)
         if let mapping = outcome.mapping {
-            if common.verbose { Output.complain(mapping.summary) }
+            if common.verbose {
+                Output.complain(mapping.summary)
+                let status = try await Mapper(client: common.client).ask(
+                    InfoRequest(volume: entry.fullName, config: nil), for: .map)
+                for (key, value) in StatusText.cluster(status) { Output.complain("\(key) \(value)") }
+            }
             try Output.answer(.map, mapping, asJSON: common.json) { $0.place + "\n" }
         }
         var problems = outcome.problems

@@ -77,6 +77,7 @@ extension MappingStatus {
             latency: .init(
                 reads: .init(status.readLatency), writes: .init(status.writeLatency),
                 flushes: .init(status.flushLatency)),
+            conductor: status.cluster?.conductor,
             shards: status.cluster?.shards.enumerated().map {
                 Shard(index: $0, stores: $1.addresses, store: $1.store)
             },

@@ -96,6 +96,7 @@ struct TextTests {
                 inFlight: 4),
             heldBack: .init(requests: 0, oldest: 0),
             latency: .init(reads: none, writes: none, flushes: none),
+            conductor: "192.0.2.9:49180",
             shards: owners.enumerated().map { .init(index: $0, stores: $1.map { [$0] } ?? [], store: $1) },
             stores: [
                 .init(address: "192.0.2.1", state: "connected", connections: 2, inFlight: 3, trouble: nil),
@@ -106,6 +107,7 @@ struct TextTests {
         #expect(
             StatusText.text(status).contains(
                 """
+                conductor:     192.0.2.9:49180
                 shards:        5, no store serves 4
                 store:         192.0.2.1, connected, shards 0-1 3, 2 connections, 3 in flight
                 store:         192.0.2.2, lost, shard 2, 0 connections, 0 in flight; connect: no

@@ -250,8 +250,15 @@ def handshakes(stores):
 def test_info_of_a_cluster_s_volume():
     with cluster(3) as (daemon, stores):
         daemon.qbd("create", "disk/v", "-k", "200G").succeeded()
-        uri = daemon.qbd("map", "--export", "disk/v").succeeded().out.strip()
+        mapped = daemon.qbd("map", "--export", "disk/v", "-V").succeeded()
+        uri = mapped.out.strip()
         addresses = [store.address for store in stores]
+        assert mapped.err.splitlines()[1:] == [
+            f"conductor {addresses[0]}:{stores[0].conductor_port}", "shards 4",
+            f"store {addresses[0]}, unused, shards 0 3, 0 connections, 0 in flight",
+            f"store {addresses[1]}, unused, shard 1, 0 connections, 0 in flight",
+            f"store {addresses[2]}, unused, shard 2, 0 connections, 0 in flight",
+        ]
 
         def info():
             return daemon.json("info", "disk/v")

@@ -152,6 +152,7 @@ def test_every_command_finds_its_conductor(server, cluster, new_store, daemon_of
     assert "disk/v" in daemon.qbd("volumes", "disk").succeeded().out
     uri = daemon.qbd("map", "--export", "tcp://disk/v").succeeded().out.strip()
     verify(uri, 2)
+    assert daemon.json("info", "disk/v")["conductor"] == f"{store.address}:{store.conductor_port}"
     daemon.qbd("resize", "disk/v", "-k", "2G").succeeded()
     handle = connected(uri)
     assert handle.get_size() == 2 << 30
