@@ -321,20 +321,6 @@ def test_info_of_a_cluster_s_volume():
         handle.shutdown()
 
 
-def test_a_hundred_shards_on_three_stores_have_three_connections():
-    with cluster(3) as (daemon, stores):
-        daemon.qbd("create", "disk/v", "-k", "6400G").succeeded()
-        uri = daemon.qbd("map", "--export", "disk/v").succeeded().out.strip()
-        handle = connected(uri)
-        assert handshakes(stores) == [0, 0, 0], "connections are made on demand"
-        for shard in range(100):
-            handle.pwrite(shard.to_bytes(512, "big"), shard * SHARD)
-        for shard in range(100):
-            assert handle.pread(512, shard * SHARD) == shard.to_bytes(512, "big")
-        assert handshakes(stores) == [1, 1, 1]
-        handle.shutdown()
-
-
 def test_several_connections_to_a_store():
     with cluster(connections_per_store=4) as (daemon, (store,)):
         daemon.qbd("create", "ram/v", "-k", "1G").succeeded()
@@ -360,28 +346,3 @@ def test_several_connections_to_a_store():
         assert handshakes([store])[0] == before + 4
         assert daemon.json("info", "ram/v")["counters"]["errors"] == 0
         handle.shutdown()
-
-
-@pytest.mark.deadline(600)
-@pytest.mark.parametrize("count", (20, pytest.param(300, marks=pytest.mark.long)))
-def test_many_volumes_over_three_stores(count, tmp_path):
-    with cluster(3) as (daemon, stores):
-        names = [f"disk/v{number}" for number in range(count)]
-        for name in names:
-            daemon.qbd("create", name, "-k", "130G").succeeded()
-        listed = tmp_path / "map.conf"
-        listed.write_text("".join(f"{name} export=1\n" for name in names))
-        daemon.qbd("map-all", "--file", str(listed), timeout=300).succeeded()
-        assert sum(handshakes(stores)) == 0, "connections are made on demand"
-        for number, name in enumerate(names):
-            handle = connected(daemon.uri(name))
-            for shard in range(3):
-                handle.pwrite(number.to_bytes(512, "big"), shard * SHARD)
-            handle.shutdown()
-        for number, name in enumerate(names):
-            handle = connected(daemon.uri(name))
-            for shard in range(3):
-                assert handle.pread(512, shard * SHARD) == number.to_bytes(512, "big")
-            handle.shutdown()
-        assert handshakes(stores) == [count] * 3, "one connection of each volume to each store"
-        assert daemon.json("info", names[-1])["counters"]["errors"] == 0
