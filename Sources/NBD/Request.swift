@@ -117,7 +117,7 @@ package struct Request {
     package var status: Int32
     /// A write's payload, `length` bytes in the session's input.
     package var payload: UnsafeMutableRawPointer?
-    var input: UnsafeMutablePointer<Input>?
+    var input: UnsafeMutablePointer<InputBuffer>?
     /// What is sent behind the reply's header: a read's data in order, or an array of `Extent`.
     package var segments: UnsafeMutablePointer<Segment>?
     /// The chain as the volume made it, kept when `segments` is not sent. For the volume alone.

@@ -19,11 +19,8 @@ extension Session {
     /// Sends as many replies as the socket takes.
     func sendReplies() {
         while firstReply != nil {
-            let (count, bytes) = gather()
-            var message = msghdr()
-            message.msg_iov = vectors
-            message.msg_iovlen = count
-            let sent = sendmsg(descriptor, &message, Int32(MSG_NOSIGNAL | MSG_DONTWAIT))
+            let unsent = gather()
+            let sent = unsent.send(to: descriptor)
             if sent < 0 {
                 if errno == EINTR { continue }
                 guard errno == EAGAIN else { return fail("send: \(errnoText(errno))") }
@@ -31,7 +28,7 @@ extension Session {
                 return updateEvents()
             }
             consume(sent)
-            if sent < bytes {
+            if sent < unsent.bytes {
                 waitsForRoom = true
                 return updateEvents()
             }
@@ -41,45 +38,29 @@ extension Session {
     /// Whether the client has replies to go on with. On a Unix socket the kernel tells what the peer has not read yet.
     @inline(__always)
     var clientIsBusy: Bool {
-        guard mayRest, placement == nil, missing == 0 else { return false }
+        guard mayRest, input.placed == nil, input.missing == 0 else { return false }
         return Int(qbd_socket_unread(descriptor)) >= unreadWhenBusy
     }
 
     /// Lays the unsent bytes of the queued replies out in `vectors`.
     @inline(__always)
-    private func gather() -> (count: Int, bytes: Int) {
-        var count = 0
-        var bytes = 0
-        var skip = sentOfFirst
+    private func gather() -> Gathering {
+        var gathering = Gathering(vectors, capacity: Self.vectorCapacity, sent: sentOfFirst)
         var next = firstReply
-        while let request = next, count < Self.vectorCapacity &- 2 {
-            add(UnsafeMutableRawPointer(request), request.pointee.headCount, &skip, &count, &bytes)
+        while let request = next, gathering.room > 2 {
+            gathering.add(UnsafeMutableRawPointer(request), request.pointee.headCount)
             if let text = request.pointee.errorText, request.pointee.status != 0 {
-                add(UnsafeMutableRawPointer(mutating: text.utf8Start), text.utf8CodeUnitCount, &skip, &count, &bytes)
+                gathering.add(UnsafeMutableRawPointer(mutating: text.utf8Start), text.utf8CodeUnitCount)
             }
             var segment = request.pointee.segments
             while let part = segment {
-                guard count < Self.vectorCapacity else { return (count, bytes) }
-                add(part.pointee.base, part.pointee.count, &skip, &count, &bytes)
+                guard gathering.room > 0 else { return gathering }
+                gathering.add(part.pointee.base, part.pointee.count)
                 segment = part.pointee.next
             }
             next = request.pointee.next
         }
-        return (count, bytes)
-    }
-
-    @inline(__always)
-    private func add(
-        _ base: UnsafeMutableRawPointer, _ length: Int, _ skip: inout Int, _ count: inout Int, _ bytes: inout Int
-    ) {
-        if skip >= length {
-            skip &-= length
-            return
-        }
-        vectors[count] = iovec(iov_base: base + skip, iov_len: length &- skip)
-        bytes &+= length &- skip
-        skip = 0
-        count &+= 1
+        return gathering
     }
 
     /// Frees the replies that are wholly sent.

@@ -30,26 +30,20 @@ package final class Session: EventSource {
     package static let maximumInFlight = 128
     /// Payload and read data a session may hold at a time, unless one request alone is larger.
     static let maximumHeldBytes = 16 << 20
-    /// From this payload on, the rest of a write is received alone, at its place or in one piece, so that it is never
-    /// moved.
-    static let largePayload = 32 << 10
 
     /// For the log: "unix" or the peer's address.
     package let peer: String
     package private(set) var limits: RequestLimits
     let loop: EventLoop
-    let buffers: BufferPool
     package let descriptor: Int32
     unowned(unsafe) let target: any SessionTarget
     let vectors: UnsafeMutablePointer<iovec>
 
     var token: EventLoop.Token?
     var events: UInt32 = 0
-    var input: UnsafeMutablePointer<Input>?
-    /// Bytes that must arrive before the request at the front is whole; 0 when its header is not there yet.
-    var missing = 0
-    /// A write whose payload is received at its place.
-    var placement: Placement?
+    var input: StreamInput
+    /// Of the write whose payload is received at its place.
+    var placedHeader: RequestHeader?
     /// Payload of a refused write, still to be thrown away, and how to answer it then.
     var dropping = 0
     var dropped: (header: RequestHeader, refusal: Refusal)?
@@ -89,7 +83,7 @@ package final class Session: EventSource {
         self.peer = peer
         limits = RequestLimits(negotiated)
         self.loop = loop
-        self.buffers = buffers
+        input = StreamInput(descriptor: descriptor, headerSize: RequestHeader.size, buffers: buffers)
         self.vectors = vectors
         self.target = target
         var domain: Int32 = 0
@@ -108,12 +102,7 @@ package final class Session: EventSource {
             throw error
         }
         guard !leftover.isEmpty else { return }
-        guard let input = needInput(leftover.count) else { return fail("out of memory") }
-        leftover.withUnsafeBytes { bytes in
-            guard let source = bytes.baseAddress else { return }
-            input.pointee.base.copyMemory(from: source, byteCount: bytes.count)
-        }
-        input.pointee.end = leftover.count
+        guard input.begin(with: leftover) else { return fail("out of memory") }
         parse()
     }
 
@@ -169,12 +158,7 @@ package final class Session: EventSource {
     }
 
     /// Called by the volume when the loop was quiet for a while: gives the memory of an idle connection back.
-    package func releaseIdleMemory() {
-        // A write that waits at its place is begun by parsing, which goes by the input.
-        guard placement == nil, let input, input.pointee.available == 0, input.pointee.references == 0 else { return }
-        retire(input)
-        self.input = nil
-    }
+    package func releaseIdleMemory() { input.releaseIdleMemory() }
 
     // MARK: Slots
 
@@ -206,10 +190,7 @@ package final class Session: EventSource {
         if request.pointee.command == .read || request.pointee.command == .write {
             heldBytes &-= Int(request.pointee.length)
         }
-        if let input = request.pointee.input {
-            input.pointee.references &-= 1
-            if input.pointee.references == 0, input != self.input { retire(input) }
-        }
+        if let payload = request.pointee.input { input.release(payload) }
     }
 
     // MARK: The end
@@ -236,10 +217,7 @@ package final class Session: EventSource {
         guard draining, inFlight == 0, !ended else { return }
         if !closed { fail(endReason) }
         ended = true
-        if let input { retire(input) }
-        input = nil
-        if let own = placement?.own { retire(own) }
-        placement = nil
+        input.free()
         target.sessionEnded(self, reason: endReason)
     }
 }

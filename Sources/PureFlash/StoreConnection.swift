@@ -263,21 +263,14 @@ final class StoreConnection: EventSource {
 
     private func send() {
         while let first = sending.first {
-            var count = 0
-            var bytes = 0
-            var skip = sentOfFirst
+            var unsent = Gathering(vectors, capacity: Self.vectorCapacity, sent: sentOfFirst)
             var next: UnsafeMutablePointer<StoreRequest>? = first
-            while let request = next, count &+ 2 <= Self.vectorCapacity {
-                add(UnsafeMutableRawPointer(request), StoreCommand.size, &skip, &count, &bytes)
-                if request.pointee.isWrite {
-                    add(request.pointee.payload, Int(request.pointee.length), &skip, &count, &bytes)
-                }
+            while let request = next, unsent.room >= 2 {
+                unsent.add(UnsafeMutableRawPointer(request), StoreCommand.size)
+                if request.pointee.isWrite { unsent.add(request.pointee.payload, Int(request.pointee.length)) }
                 next = request.pointee.next
             }
-            var message = msghdr()
-            message.msg_iov = vectors
-            message.msg_iovlen = count
-            let sent = sendmsg(descriptor, &message, Int32(MSG_NOSIGNAL | MSG_DONTWAIT))
+            let sent = unsent.send(to: descriptor)
             if sent < 0 {
                 if errno == EINTR { continue }
                 guard errno == EAGAIN else { return code(errno) }
@@ -285,25 +278,11 @@ final class StoreConnection: EventSource {
                 return wait(for: EPOLLIN.rawValue | EPOLLOUT.rawValue)
             }
             consume(sent)
-            if sent < bytes {
+            if sent < unsent.bytes {
                 socketIsFull = true
                 return wait(for: EPOLLIN.rawValue | EPOLLOUT.rawValue)
             }
         }
-    }
-
-    @inline(__always)
-    private func add(
-        _ base: UnsafeMutableRawPointer, _ length: Int, _ skip: inout Int, _ count: inout Int, _ bytes: inout Int
-    ) {
-        if skip >= length {
-            skip &-= length
-            return
-        }
-        vectors[count] = iovec(iov_base: base + skip, iov_len: length &- skip)
-        bytes &+= length &- skip
-        skip = 0
-        count &+= 1
     }
 
     @inline(__always)

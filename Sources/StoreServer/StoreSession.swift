@@ -10,9 +10,6 @@ final class StoreSession: EventSource {
     static let maximumInFlight = 256
     /// Payload and read data a connection may hold at a time.
     private static let maximumHeldBytes = 16 << 20
-    /// From this payload on, the rest of a write is received alone, at its place or in one piece, so that it is never
-    /// moved.
-    private static let largePayload = 32 << 10
     /// iovecs one `sendmsg` takes (IOV_MAX).
     static let vectorCapacity = 1024
     /// Nanoseconds a client has to take the last reply of a connection that is given up.
@@ -27,10 +24,9 @@ final class StoreSession: EventSource {
 
     private var token: EventLoop.Token?
     private var events: UInt32 = 0
-    private var input: UnsafeMutablePointer<StoreInput>?
-    /// Bytes that must arrive before the command at the front is whole; 0 when its head is not there yet.
-    private var missing = 0
-    private var placement: StorePlacement?
+    private var input: StreamInput
+    /// The write whose payload is received at its place.
+    private var placedCommand: StoreCommand?
 
     /// Commands from parsing to `release`.
     private(set) var inFlight = 0
@@ -63,6 +59,7 @@ final class StoreSession: EventSource {
         self.peer = peer
         self.loop = loop
         self.buffers = buffers
+        input = StreamInput(descriptor: descriptor, headerSize: StoreCommand.size, buffers: buffers)
         self.vectors = vectors
         self.volume = volume
     }
@@ -106,19 +103,10 @@ final class StoreSession: EventSource {
     }
 
     /// Nothing of a closed session is in flight.
-    func free() {
-        if let input { buffers.free(input.pointee.buffer) }
-        input = nil
-        if let own = placement?.own { buffers.free(own.pointee.buffer) }
-        placement = nil
-    }
+    func free() { input.free() }
 
     /// Gives the memory of an idle connection back.
-    func releaseIdleMemory() {
-        guard let input, input.pointee.available == 0, input.pointee.references == 0 else { return }
-        buffers.free(input.pointee.buffer)
-        self.input = nil
-    }
+    func releaseIdleMemory() { input.releaseIdleMemory() }
 
     // MARK: Events
 
@@ -127,8 +115,7 @@ final class StoreSession: EventSource {
             return end(ending ? nil : "connection lost")
         }
         if ready & EPOLLRDHUP.rawValue != 0 {
-            let within = placement != nil || (input?.pointee.available ?? 0) > 0 && !paused
-            return end(within ? "the client closed within a command" : nil)
+            return end(input.isWithinRequest && !paused ? "the client closed within a command" : nil)
         }
         if ready & EPOLLOUT.rawValue != 0 {
             waitsForRoom = false
@@ -161,27 +148,20 @@ final class StoreSession: EventSource {
     private func resume() {
         guard inFlight < Self.maximumInFlight, !closed else { return }
         if isClosedByPeer { return end(nil) }
+        let before = inFlight
         paused = false
         parse()
         if !paused, events & EPOLLIN.rawValue == 0 { updateEvents() }
-        // What was started now has missed the backend's end of turn.
-        loop.runAgain()
+        // What was started now has missed the backend's end of turn. Where nothing was, an answer will come.
+        if !paused || inFlight != before { loop.runAgain() }
     }
 
     // MARK: Receiving
 
     /// One recv per turn: a flood on one connection leaves the others their turn.
     private func receive() {
-        guard let input = roomToReceive() else { return end("out of memory") }
-        var count: Int
-        if let left = placement?.left, left > 0 {
-            count = receiveInPlace(left, input)
-        } else {
-            var limit = input.pointee.room
-            if missing > Self.largePayload { limit = min(limit, missing &+ StoreCommand.size) }
-            count = recv(descriptor, input.pointee.base + input.pointee.end, limit, Int32(MSG_DONTWAIT))
-            if count > 0 { input.pointee.end &+= count }
-        }
+        guard !input.wantsPlace || place() else { return end("out of memory") }
+        let count = input.receive()
         if count > 0 {
             parse()
         } else if count == 0 {
@@ -191,21 +171,12 @@ final class StoreSession: EventSource {
         }
     }
 
-    /// The rest of a payload at its place, and the next command behind it in the input.
-    private func receiveInPlace(_ left: Int, _ input: UnsafeMutablePointer<StoreInput>) -> Int {
-        guard let placement else { return 0 }
-        vectors[0] = iovec(iov_base: placement.base + placement.received, iov_len: left)
-        vectors[1] = iovec(
-            iov_base: input.pointee.base + input.pointee.end, iov_len: min(input.pointee.room, StoreCommand.size))
-        var message = msghdr()
-        message.msg_iov = vectors
-        message.msg_iovlen = 2
-        let count = recvmsg(descriptor, &message, Int32(MSG_DONTWAIT))
-        if count > 0 {
-            self.placement?.received += min(count, left)
-            input.pointee.end &+= max(count - left, 0)
-        }
-        return count
+    /// Has the rest of the command at the front, a large write, received at its place.
+    private func place() -> Bool {
+        guard let front = input.current?.pointee.front else { return true }
+        let command = StoreCommand(decoding: front)
+        placedCommand = command
+        return input.place(Int(command.length), at: volume.placement(command))
     }
 
     /// What comes after the last command that is answered.
@@ -216,73 +187,23 @@ final class StoreSession: EventSource {
         if count == 0 || count < 0 && errno != EAGAIN && errno != EINTR { end(nil) }
     }
 
-    private func roomToReceive() -> UnsafeMutablePointer<StoreInput>? {
-        guard let input else { return needInput(StoreInput.usualCapacity) }
-        if input.pointee.available == 0 {
-            if input.pointee.references == 0 {
-                input.pointee.start = 0
-                input.pointee.end = 0
-                return input
-            }
-            if input.pointee.room < input.pointee.capacity / 4 { return replaceInput(StoreInput.usualCapacity) }
-        }
-        return input.pointee.room > 0 ? input : replaceInput(StoreInput.usualCapacity)
-    }
-
-    private func needInput(_ count: Int) -> UnsafeMutablePointer<StoreInput>? {
-        if let input { return input }
-        input = StoreInput.allocate(count, from: buffers)
-        return input
-    }
-
-    /// A new current input that begins with what is unparsed in the old one.
-    private func replaceInput(_ count: Int) -> UnsafeMutablePointer<StoreInput>? {
-        let old = input
-        input = nil
-        guard let new = needInput(count) else {
-            input = old
-            return nil
-        }
-        guard let old else { return new }
-        let rest = old.pointee.available
-        new.pointee.base.copyMemory(from: old.pointee.base + old.pointee.start, byteCount: rest)
-        new.pointee.end = rest
-        old.pointee.start = old.pointee.end
-        if old.pointee.references == 0 { buffers.free(old.pointee.buffer) }
-        return new
-    }
-
-    /// Makes sure that `count` bytes from the first unparsed one fit in one piece. A whole command fits every input.
-    private func makeRoom(_ count: Int) -> Bool {
-        guard let input else { return false }
-        if input.pointee.capacity &- input.pointee.start >= count { return true }
-        if input.pointee.references == 0 {
-            let rest = input.pointee.available
-            memmove(input.pointee.base, input.pointee.base + input.pointee.start, rest)
-            input.pointee.start = 0
-            input.pointee.end = rest
-            return true
-        }
-        return replaceInput(StoreInput.usualCapacity) != nil
-    }
-
     // MARK: Parsing
 
     /// Handles every whole command that has arrived, as far as there are slots.
     private func parse() {
-        while !closed, !ending, let input {
-            missing = 0
-            if let placed = placement {
+        while !closed, !ending, let input = input.current {
+            self.input.missing = 0
+            if let placed = self.input.placed {
                 guard placed.left == 0 else { return }
                 guard acceptPlaced(placed) else { return pause() }
                 continue
             }
             let available = input.pointee.available
             guard available >= StoreCommand.size else {
-                if available > 0, !makeRoom(StoreCommand.size) { end("out of memory") }
+                if available > 0, !self.input.makeRoom(StoreCommand.size) { end("out of memory") }
                 return
             }
-            let command = StoreCommand(decoding: input.pointee.base + input.pointee.start)
+            let command = StoreCommand(decoding: input.pointee.front)
             guard command.opcode == StoreCommand.Opcode.write.rawValue else {
                 // Whatever it is, there is no payload behind it.
                 guard accept(command, input, payload: 0) else { return pause() }
@@ -295,9 +216,9 @@ final class StoreSession: EventSource {
             }
             let whole = StoreCommand.size &+ Int(command.length)
             guard available >= whole else {
-                missing = whole &- available
-                if missing > Self.largePayload, place(command, input) { return }
-                if !makeRoom(whole) { end("out of memory") }
+                self.input.missing = whole &- available
+                // A large one gets its place when the rest is received: those before it may have left theirs.
+                if !self.input.wantsPlace, !self.input.makeRoom(whole) { end("out of memory") }
                 return
             }
             guard accept(command, input, payload: Int(command.length)) else { return pause() }
@@ -322,7 +243,7 @@ final class StoreSession: EventSource {
     }
 
     @inline(__always)
-    private func accept(_ command: StoreCommand, _ input: UnsafeMutablePointer<StoreInput>, payload: Int) -> Bool {
+    private func accept(_ command: StoreCommand, _ input: UnsafeMutablePointer<InputBuffer>, payload: Int) -> Bool {
         guard let slot = take(command) else { return false }
         if payload > 0 {
             slot.pointee.io.segment = Segment(
@@ -335,30 +256,10 @@ final class StoreSession: EventSource {
         return true
     }
 
-    /// Moves what has arrived of a write to its place, or to a piece of memory of its own, where the rest will follow:
-    /// aligned, it is copied on at full speed.
-    private func place(_ command: StoreCommand, _ input: UnsafeMutablePointer<StoreInput>) -> Bool {
-        var own: UnsafeMutablePointer<StoreInput>?
-        var base = volume.placement(command)
-        if base == nil {
-            own = StoreInput.allocate(Int(command.length), from: buffers)
-            base = own?.pointee.base
-        }
-        guard let base else { return false }
-        let received = input.pointee.available &- StoreCommand.size
-        base.copyMemory(from: input.pointee.base + (input.pointee.start &+ StoreCommand.size), byteCount: received)
-        input.pointee.start = input.pointee.end
-        placement = StorePlacement(command: command, base: base, received: received, own: own)
-        missing = 0
-        return true
-    }
-
-    private func acceptPlaced(_ placed: StorePlacement) -> Bool {
-        guard let slot = take(placed.command) else { return false }
-        placement = nil
-        slot.pointee.io.segment = Segment(base: placed.base, count: Int(placed.command.length))
-        slot.pointee.input = placed.own
-        placed.own?.pointee.references = 1
+    private func acceptPlaced(_ placed: PlacedPayload) -> Bool {
+        guard let command = placedCommand, let slot = take(command) else { return false }
+        slot.pointee.io.segment = Segment(base: placed.base, count: Int(command.length))
+        slot.pointee.input = input.takePlaced()
         volume.begin(slot)
         return true
     }
@@ -378,10 +279,7 @@ final class StoreSession: EventSource {
         inFlight &-= 1
         heldBytes &-= slot.pointee.held
         if slot.pointee.io.ownsBuffer, let buffer = slot.pointee.io.buffer { buffers.free(buffer) }
-        if let input = slot.pointee.input {
-            input.pointee.references &-= 1
-            if input.pointee.references == 0, input != self.input { buffers.free(input.pointee.buffer) }
-        }
+        if let payload = slot.pointee.input { input.release(payload) }
         volume.give(slot)
     }
 
@@ -410,11 +308,8 @@ final class StoreSession: EventSource {
     /// Sends as many replies as the socket takes.
     private func sendReplies() {
         while firstReply != nil {
-            let (count, bytes) = gather()
-            var message = msghdr()
-            message.msg_iov = vectors
-            message.msg_iovlen = count
-            let sent = sendmsg(descriptor, &message, Int32(MSG_NOSIGNAL | MSG_DONTWAIT))
+            let unsent = gather()
+            let sent = unsent.send(to: descriptor)
             if sent < 0 {
                 if errno == EINTR { continue }
                 guard errno == EAGAIN else { return end("send: \(errnoText(errno))") }
@@ -423,7 +318,7 @@ final class StoreSession: EventSource {
             }
             consume(sent)
             guard !closed else { return }
-            if sent < bytes {
+            if sent < unsent.bytes {
                 waitsForRoom = true
                 return updateEvents()
             }
@@ -432,33 +327,15 @@ final class StoreSession: EventSource {
 
     /// Lays the unsent bytes of the queued replies out in `vectors`.
     @inline(__always)
-    private func gather() -> (count: Int, bytes: Int) {
-        var count = 0
-        var bytes = 0
-        var skip = sentOfFirst
+    private func gather() -> Gathering {
+        var gathering = Gathering(vectors, capacity: Self.vectorCapacity, sent: sentOfFirst)
         var next = firstReply
-        while let slot = next, count < Self.vectorCapacity &- 1 {
-            add(UnsafeMutableRawPointer(slot), slot.pointee.replyCount, &skip, &count, &bytes)
-            if slot.pointee.dataCount > 0 {
-                add(slot.pointee.io.segment.base, slot.pointee.dataCount, &skip, &count, &bytes)
-            }
+        while let slot = next, gathering.room >= 2 {
+            gathering.add(UnsafeMutableRawPointer(slot), slot.pointee.replyCount)
+            if slot.pointee.dataCount > 0 { gathering.add(slot.pointee.io.segment.base, slot.pointee.dataCount) }
             next = slot.pointee.next
         }
-        return (count, bytes)
-    }
-
-    @inline(__always)
-    private func add(
-        _ base: UnsafeMutableRawPointer, _ length: Int, _ skip: inout Int, _ count: inout Int, _ bytes: inout Int
-    ) {
-        if skip >= length {
-            skip &-= length
-            return
-        }
-        vectors[count] = iovec(iov_base: base + skip, iov_len: length &- skip)
-        bytes &+= length &- skip
-        skip = 0
-        count &+= 1
+        return gathering
     }
 
     /// Frees the replies that are wholly sent.
@@ -468,11 +345,12 @@ final class StoreSession: EventSource {
         while let slot = firstReply, left >= slot.pointee.replyCount &+ slot.pointee.dataCount {
             left &-= slot.pointee.replyCount &+ slot.pointee.dataCount
             firstReply = slot.pointee.next
+            // Freeing it may let others go on, which may be answered at once: the queue is in order before.
+            if firstReply == nil { lastReply = nil }
             let isLast = slot.pointee.isLast
             release(slot)
             if isLast { return linger() }
         }
-        if firstReply == nil { lastReply = nil }
         sentOfFirst = left
     }
 
