@@ -133,11 +133,7 @@ package final class EventLoop: @unchecked Sendable {
     /// Stops the loop after the closures posted before, and waits for its thread. Sources must be removed before.
     package func stop() {
         post { [self] in running = false }
-        let all = threads.withLock { threads in
-            defer { threads = [] }
-            return threads
-        }
-        for thread in all { thread.join() }
+        while let thread = threads.withLock({ $0.popLast() }) { thread.join() }
     }
 
     // MARK: On the loop's thread
