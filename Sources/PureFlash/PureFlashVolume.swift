@@ -46,7 +46,8 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     private static let watch: UInt64 = 250_000_000
     /// Nanoseconds that the conductor has before the stores are tried without its answer.
     private static let patience: UInt64 = 200_000_000
-    private static let capacity = 8192
+    /// What 1024 clients, the most there may be, have in hand.
+    private static let capacity = 131_072
     /// Nanoseconds before the same is logged again, and how much may be logged in that time.
     private static let repetition: UInt64 = 60_000_000_000
     private static let mostTold = 16
@@ -515,13 +516,19 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
 
     private func failExpired() {
         while let request = oldest, request.pointee.deadline <= loop.now {
-            if !stranded.remove(request) {
+            var expired = stranded.removeExpired(at: loop.now)
+            for connection in connections { connection.takeExpired(at: loop.now, into: &expired) }
+            if expired.isEmpty {
+                // It is under way. That ends its connection, and the others of that wait here then.
                 for connection in connections where connection.forget(request) { break }
+                expired.append(request)
             }
-            tellFailure(
-                request,
-                "not done after \(settings.ioTimeout / 1_000_000_000) s: \(trouble ?? "the store does not answer")")
-            complete(request, EIO)
+            while let request = expired.removeFirst() {
+                tellFailure(
+                    request,
+                    "not done after \(settings.ioTimeout / 1_000_000_000) s: \(trouble ?? "the store does not answer")")
+                complete(request, EIO)
+            }
         }
         if hasStrays { leaveStrays() }
         if oldest != nil { watchdog?.arm(after: Self.watch) }

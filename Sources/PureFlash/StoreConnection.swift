@@ -109,14 +109,18 @@ final class StoreConnection: EventSource {
         do throws(SystemError) { try connect() } catch { fail("\(error)") }
     }
 
-    /// Takes a request back that was not answered in time. Returns false when it is not here.
+    /// Takes back what waits here and is too old.
+    func takeExpired(at now: UInt64, into expired: inout StoreQueue) {
+        var found = waiting.removeExpired(at: now)
+        while let request = found.removeFirst() { expired.append(request) }
+    }
+
+    /// Takes a request back that was not answered in time. Returns false when it is not under way here.
     func forget(_ request: UnsafeMutablePointer<StoreRequest>) -> Bool {
-        if waiting.remove(request) { return true }
         for index in 0..<depth where slots[index] == request {
             // The store may still execute it. Nothing else may be sent there before its connection is closed.
             release(UInt16(index))
             hasAbandoned = true
-            _ = sending.remove(request)
             fail("no answer to a request in time")
             return true
         }

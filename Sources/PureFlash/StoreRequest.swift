@@ -53,14 +53,14 @@ struct StoreQueue {
         return request
     }
 
-    /// - Returns: whether it was there.
-    mutating func remove(_ request: UnsafeMutablePointer<StoreRequest>) -> Bool {
-        var found = false
+    /// Takes out those whose deadline has come, all in one pass.
+    mutating func removeExpired(at now: UInt64) -> StoreQueue {
         var rest = self
+        var expired = StoreQueue()
         self = StoreQueue()
-        while let other = rest.removeFirst() {
-            if other == request { found = true } else { append(other) }
+        while let request = rest.removeFirst() {
+            if request.pointee.deadline <= now { expired.append(request) } else { append(request) }
         }
-        return found
+        return expired
     }
 }
