@@ -37,6 +37,9 @@ package final class EventLoop: @unchecked Sendable {
     private var running = true
     private var again = false
     private var restWanted = false
+    /// Whose input comes next without a wait, and how often in a row that was done.
+    private var expected: Token?
+    private var expectedTurns = 0
     /// When the last turn ended.
     private var turnEnd: UInt64 = 0
     private var registrations: [Registration] = []
@@ -65,6 +68,8 @@ package final class EventLoop: @unchecked Sendable {
     private static let wakeData = UInt64.max
     private static let clockData = UInt64.max - 1
     private static let eventsPerWait = 64
+    /// Turns in a row that may belong to one source before the others are asked for.
+    private static let maximumExpectedTurns = 8
     /// Nanoseconds. A few requests of a fast client; well below what a disk takes for one.
     private static let restTime = 20_000
     /// Nanoseconds; a wait this short did not sleep.
@@ -179,9 +184,20 @@ package final class EventLoop: @unchecked Sendable {
     /// Whether this turn began right after the last one, without sleep.
     package private(set) var isBusy = false
 
+    /// Nanoseconds the last wait took that could sleep.
+    package private(set) var lastWait: UInt64 = 0
+
+    /// At most one descriptor was ready when it was last looked.
+    package private(set) var isAlone = false
+
     /// Lets work collect for some 20 microseconds before the next turn, unless something has to be done before. Each
     /// turn costs a few system calls and wake-ups; who knows that nobody waits for the next one saves them.
     package func rest() { restWanted = true }
+
+    /// Makes the next turn begin with the source's `ready(events: EPOLLIN)`, without a wait: it is in the middle of input
+    /// that keeps coming. The others have their turn after some of its own.
+    @inline(__always)
+    package func expectInput(_ token: Token) { expected = token }
 
     /// Reads the clock again within a turn.
     @inline(__always)
@@ -242,27 +258,18 @@ package final class EventLoop: @unchecked Sendable {
     private func run(_ events: UnsafeMutablePointer<epoll_event>) -> Bool {
         let term = relief.term
         while running {
-            let count = wait(events)
-            now = monotonicNanoseconds()
-            isBusy = now &- turnEnd < Self.busyWait
-            var woken = false
-            for index in 0..<count {
-                let data = qbd_epoll_data(events + index)
-                if data == Self.wakeData {
-                    woken = true
-                    continue
-                }
-                if data == Self.clockData {
-                    var expirations: UInt64 = 0
-                    _ = read(clock, &expirations, 8)
-                    clockDeadline = .max
-                    continue
-                }
-                let registration = registrations[Int(truncatingIfNeeded: data & 0xffff_ffff)]
-                guard registration.generation == UInt32(truncatingIfNeeded: data >> 32) else { continue }
-                registration.source?.ready(events: qbd_epoll_events(events + index))
+            if let token = expected, expectedTurns < Self.maximumExpectedTurns {
+                expected = nil
+                expectedTurns &+= 1
+                now = monotonicNanoseconds()
+                isBusy = true
+                deliver(EPOLLIN.rawValue, to: token.data)
+            } else {
+                // Asks for the others, and does not sleep on what is expected.
+                if expected != nil { again = true }
+                expectedTurns = 0
+                waitForEvents(events)
             }
-            if woken { runPosted() }
             fireTimers(at: now)
             for observer in observers {
                 observer.endOfTurn()
@@ -275,6 +282,37 @@ package final class EventLoop: @unchecked Sendable {
         runPosted()
         relief.stop()
         return true
+    }
+
+    private func waitForEvents(_ events: UnsafeMutablePointer<epoll_event>) {
+        let sleeps = !again
+        let count = wait(events)
+        now = monotonicNanoseconds()
+        let waited = now &- turnEnd
+        isBusy = waited < Self.busyWait
+        if sleeps { lastWait = waited }
+        isAlone = count <= 1
+        var woken = false
+        for index in 0..<count {
+            let data = qbd_epoll_data(events + index)
+            if data == Self.wakeData {
+                woken = true
+            } else if data == Self.clockData {
+                var expirations: UInt64 = 0
+                _ = read(clock, &expirations, 8)
+                clockDeadline = .max
+            } else {
+                deliver(qbd_epoll_events(events + index), to: data)
+            }
+        }
+        if woken { runPosted() }
+    }
+
+    @inline(__always)
+    private func deliver(_ ready: UInt32, to data: UInt64) {
+        let registration = registrations[Int(truncatingIfNeeded: data & 0xffff_ffff)]
+        guard registration.generation == UInt32(truncatingIfNeeded: data >> 32) else { return }
+        registration.source?.ready(events: ready)
     }
 
     private func takeRest() {

@@ -226,7 +226,9 @@ package struct StreamInput {
     /// Gives the memory of an idle connection back.
     package mutating func releaseIdleMemory() {
         // A request that waits at its place is begun by parsing, which goes by the input.
-        guard placed == nil, let current, current.pointee.available == 0, current.pointee.references == 0 else { return }
+        guard placed == nil, let current, current.pointee.available == 0, current.pointee.references == 0 else {
+            return
+        }
         buffers.free(current.pointee.buffer)
         self.current = nil
     }

@@ -8,16 +8,40 @@ extension Session {
     /// One recv per turn: a flood on one connection leaves the others their turn.
     func receive() {
         guard !input.wantsPlace || place() else { return fail("out of memory") }
-        let count = input.receive()
+        let isPlaced = input.placed != nil
+        var count = input.receive()
+        if count < 0, errno == EAGAIN, polls { count = poll() }
         if count > 0 {
             target.received(self)
             parse()
+            if isPlaced || input.wantsPlace, isLocal, let token { expect(token) }
         } else if count == 0 {
             endReason = input.isWithinRequest || dropping > 0 ? "the client closed within a request" : nil
             drain()
         } else if errno != EAGAIN && errno != EINTR {
             fail("receive: \(errnoText(errno))")
         }
+    }
+
+    /// A client next door fills a socket as fast as it is emptied, and going to sleep in between costs both more than the
+    /// copy.
+    private func expect(_ token: EventLoop.Token) {
+        if loop.lastWait < Self.shortSleep { polls = true }
+        loop.expectInput(token)
+    }
+
+    /// Asks for input for some microseconds. When that is in vain, it is not done again before a wait turns out short.
+    private func poll() -> Int {
+        guard loop.isAlone else { return -1 }
+        let end = monotonicNanoseconds() &+ Self.pollTime
+        repeat {
+            qbd_pause(64)
+            let count = input.receive()
+            if count >= 0 || errno != EAGAIN { return count }
+        } while monotonicNanoseconds() < end
+        polls = false
+        errno = EAGAIN
+        return -1
     }
 
     /// Has the rest of the request at the front, a large write, received at its place.

@@ -30,6 +30,9 @@ package final class Session: EventSource {
     package static let maximumInFlight = 128
     /// Payload and read data a session may hold at a time, unless one request alone is larger.
     static let maximumHeldBytes = 16 << 20
+    /// Nanoseconds: what going to sleep and waking up cost, and a sleep that was not worth it.
+    static let pollTime: UInt64 = 10_000
+    static let shortSleep: UInt64 = 250_000
 
     /// For the log: "unix" or the peer's address.
     package let peer: String
@@ -66,6 +69,10 @@ package final class Session: EventSource {
     var waitsForRoom = false
     /// Let replies collect while the client has some to go on with; where the kernel tells that of the socket.
     package var mayRest: Bool
+    /// The client is on this host.
+    let isLocal: Bool
+    /// Input that is expected is asked for without sleeping.
+    var polls = true
     /// As many unread bytes are some replies that the client has still to handle.
     var unreadWhenBusy = 0
 
@@ -88,7 +95,8 @@ package final class Session: EventSource {
         self.target = target
         var domain: Int32 = 0
         var size = socklen_t(MemoryLayout<Int32>.size)
-        mayRest = getsockopt(descriptor, SOL_SOCKET, SO_DOMAIN, &domain, &size) == 0 && domain == AF_UNIX
+        isLocal = getsockopt(descriptor, SOL_SOCKET, SO_DOMAIN, &domain, &size) == 0 && domain == AF_UNIX
+        mayRest = isLocal
     }
 
     /// Begins to serve. Throws what the loop says of the descriptor, and then has closed it.
