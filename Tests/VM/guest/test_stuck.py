@@ -185,7 +185,13 @@ def test_connections_that_the_kernel_gives_up_cost_nothing(store, new_daemon, ke
                 load.run_for(2)
             before = len(kernel_log.matching(GIVEN_UP))
             store.stop()
-            wait_for(lambda: len(kernel_log.matching(GIVEN_UP)) > before, "the kernel gives a connection up")
+
+            def given_up():
+                # A round that had no more to write has ended.
+                load.keep_running()
+                return len(kernel_log.matching(GIVEN_UP)) > before
+
+            wait_for(given_up, "the kernel gives a connection up")
             store.go_on()
         load.finish(seconds=100)
     assert kernel_log.matching(IO_ERROR) == []
