@@ -30,9 +30,10 @@ extension Session {
         loop.expectInput(token)
     }
 
-    /// Asks for input for some microseconds. When that is in vain, it is not done again before a wait turns out short.
+    /// Asks for input for some microseconds, when nothing else is going on. When that is in vain, it is not done again
+    /// before a wait turns out short.
     private func poll() -> Int {
-        guard loop.isAlone else { return -1 }
+        guard loop.isAlone, inFlight == 0 else { return -1 }
         let end = monotonicNanoseconds() &+ Self.pollTime
         repeat {
             qbd_pause(64)
