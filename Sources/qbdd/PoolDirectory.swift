@@ -7,7 +7,8 @@ import Logging
 import PureFlash
 import Volumes
 
-/// Which pool a request means: a configuration's path and a pool's name lead to one object, as long as the daemon lives.
+/// Which pool a request means: a configuration's path and a pool's name lead to one object, as long as the daemon lives;
+/// for a cluster's pool, as long as somebody uses it, because any name may be one.
 ///
 /// A file is read again when it has changed. A pool that it says the same of as before stays the same object, so what
 /// is in a memory pool survives a change of the file.
@@ -27,10 +28,15 @@ actor PoolDirectory {
         let timeout: Duration
     }
 
+    private struct ClusterPool {
+        weak var pool: PureFlashPool?
+    }
+
     private let defaultPath: String?
     private let logger: Logger
     private var files: [String: File] = [:]
     private var pools: [Key: any VolumePool] = [:]
+    private var clusterPools: [Key: ClusterPool] = [:]
     /// Pools of one cluster, and of one file, share what they know of it.
     private var discoveries: [DiscoveryKey: ConductorDiscovery] = [:]
 
@@ -87,17 +93,22 @@ actor PoolDirectory {
             throw Feature.rdma.comesLater
         }
         let key = Key(config: path, pool: described)
-        if let pool = pools[key] { return pool }
-        let pool: any VolumePool =
-            switch described.kind {
-            case .local(let folder): LocalPool(name: name, path: folder)
-            case .memory: MemoryPool(name: name)
-            case .pureFlash(let zookeeper, let conductor, let client):
-                PureFlashPool(
-                    name: name, conductor: self.conductor(zookeeper, conductor, client),
-                    settings: PureFlashSettings(client),
-                    logger: logger)
-            }
+        if let pool = pools[key] ?? clusterPools[key]?.pool { return pool }
+        switch described.kind {
+        case .local(let folder): return remember(LocalPool(name: name, path: folder), key)
+        case .memory: return remember(MemoryPool(name: name), key)
+        case .pureFlash(let zookeeper, let conductor, let client):
+            let pool = PureFlashPool(
+                name: name, conductor: self.conductor(zookeeper, conductor, client),
+                settings: PureFlashSettings(client),
+                logger: logger)
+            clusterPools = clusterPools.filter { $0.value.pool != nil }
+            clusterPools[key] = ClusterPool(pool: pool)
+            return pool
+        }
+    }
+
+    private func remember(_ pool: any VolumePool, _ key: Key) -> any VolumePool {
         pools[key] = pool
         return pool
     }
