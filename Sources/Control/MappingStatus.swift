@@ -10,7 +10,7 @@ package struct MappingStatus: Codable, Sendable, Equatable {
     package var shards: [Shard]?
     /// Of a cluster's volume.
     package var stores: [Store]?
-    /// Why I/O waits for its cluster, in one sentence; nil, and then absent, when it does not.
+    /// Why I/O waits for its store, in one sentence; nil, and then absent, when it does not.
     package var waits: String?
 
     package init(

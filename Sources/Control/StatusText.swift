@@ -30,7 +30,7 @@ package enum StatusText {
             ("held back", heldBack(status.heldBack)),
         ]
         lines += cluster(status)
-        if status.shards != nil { lines.append(("waits", status.waits ?? "no")) }
+        if status.shards != nil || status.waits != nil { lines.append(("waits", status.waits ?? "no")) }
         lines.append(("read latency", percentiles(latency.reads)))
         lines.append(("write latency", percentiles(latency.writes)))
         lines.append(("flush latency", percentiles(latency.flushes)))

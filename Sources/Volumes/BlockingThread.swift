@@ -2,8 +2,8 @@ import Backend
 import EventLoop
 import Synchronization
 
-/// One thread for work that may block: opening volumes, directories, locks. Work runs in the order given. What waits for
-/// a device's own I/O, and so for a volume that may not answer, runs `alone`.
+/// One thread for work that may block: netlink, sysfs, the state folder. Work runs in the order given. What waits for a
+/// volume's store, or for a device's own I/O, runs `alone`: it may take for ever.
 final class BlockingThread: Sendable {
     private let queue = Mutex<[@Sendable () -> Void]>([])
     private let available = Semaphore()
@@ -59,6 +59,15 @@ final class BlockingThread: Sendable {
                 }.detach()
             } catch { race.finish(.failure(BackendError(error))) }
         }.get()
+    }
+
+    /// The same for work that has to be done: where there can be no thread of its own, the blocking one does it.
+    static func always<Value: Sendable>(
+        on blocking: BlockingThread, _ body: @escaping @Sendable () -> Value
+    ) async -> Value {
+        do throws(BackendError) { return try await alone { () throws(BackendError) in body() } } catch {
+            return await blocking.run(body)
+        }
     }
 }
 

@@ -15,12 +15,13 @@ package struct BringUp: Sendable {
     package enum Occasion: Sendable {
         /// An administrator; `limit` in seconds.
         case map(limit: UInt64)
-        /// A daemon that takes over what another one had, which may still be ending and hold its lock.
+        /// A daemon that takes over what another one had, which may still be ending and hold its lock. It tries again by
+        /// itself, between which others have their turn.
         case takeover
     }
 
-    /// Seconds a daemon that ends may hold its locks.
-    private static let lockLimit: UInt64 = 30
+    /// Seconds for one try of a takeover, in which a daemon that ends gives its locks back.
+    private static let takeoverLimit: UInt64 = 10
     private static let pause: UInt64 = 1_000_000_000
     private static let lockPause: UInt64 = 50_000_000
 
@@ -32,6 +33,8 @@ package struct BringUp: Sendable {
         self.occasion = occasion
         began = now
     }
+
+    var isTakeover: Bool { if case .takeover = occasion { true } else { false } }
 
     /// Whether the store will be ready by itself. Everything else needs a person, who is told at once.
     package static func isBecomingReady(_ code: Int32) -> Bool {
@@ -48,7 +51,7 @@ package struct BringUp: Sendable {
         let limit: UInt64
         switch occasion {
         case .map(let seconds): limit = seconds * 1_000_000_000
-        case .takeover: limit = Self.lockLimit * 1_000_000_000
+        case .takeover: limit = Self.takeoverLimit * 1_000_000_000
         }
         let passed = now > began ? now - began : 0
         return limit > passed ? limit - passed : 0
@@ -58,9 +61,8 @@ package struct BringUp: Sendable {
     package func decide(_ error: BackendError, now: UInt64) -> Decision {
         let passed = now > began ? now - began : 0
         switch occasion {
-        case .takeover where error.code == EBUSY || Self.isBecomingReady(error.code):
-            guard passed < Self.lockLimit * 1_000_000_000 else { return .giveUp(error) }
-            return .again(error.code == EBUSY ? Self.lockPause : Self.pause)
+        case .takeover where error.code == EBUSY && passed < Self.takeoverLimit * 1_000_000_000:
+            return .again(Self.lockPause)
         case .map(let limit) where Self.isBecomingReady(error.code):
             guard passed + Self.pause <= limit * 1_000_000_000 else {
                 return .giveUp(

@@ -163,6 +163,40 @@ extension VolumeManager {
         for remark in remarks { volume.logger.warning("\(remark)") }
     }
 
+    /// Partitions made while a device is mapped get their names.
+    func watchDevices() async {
+        guard state.withLock({ $0.watcher == nil && !$0.stopping }) else { return }
+        let problem = await listenerLoop.call { [self] () -> String? in
+            do throws(SystemError) {
+                let watcher = try KernelEventWatcher(loop: listenerLoop) { [weak self] event in
+                    self?.deviceChanged(event?.index)
+                }
+                let taken = state.withLock { state in
+                    guard state.watcher == nil, !state.stopping else { return false }
+                    state.watcher = watcher
+                    return true
+                }
+                if !taken { watcher.close() }
+                return nil
+            } catch { return "\(error); partitions made while a device is mapped get no names" }
+        }
+        if let problem = problem ?? nil { logger.warning("\(problem)") }
+    }
+
+    /// - Parameter index: nil when any device may have changed.
+    private func deviceChanged(_ index: UInt32?) {
+        let changed = state.withLock { state in
+            state.mappings.filter { $0.value.device != nil && (index == nil || $0.value.device?.device.index == index) }
+        }
+        for name in changed.keys {
+            Task {
+                await names.run(name) { [self] in
+                    if let mapping = mapping(name), let device = mapping.device { await renew(device, mapping.volume) }
+                }
+            }
+        }
+    }
+
     /// Ends the device of a mapping. EBUSY, saying why, when somebody uses it, or when the kernel holds writes for a volume
     /// that does not answer, unless forced.
     /// - Parameter volume: nil when nothing serves the device.

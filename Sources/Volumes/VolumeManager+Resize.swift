@@ -51,6 +51,7 @@ extension VolumeManager {
     ) async throws(BackendError) -> VolumeRecord {
         let name = "\(pool.name)/\(volume)"
         return try await names.run(name) { [self] () throws(BackendError) in
+            try refuseLeftover(name)
             let record = try await BlockingThread.alone { () throws(BackendError) in
                 try pool.grow(volume: volume, to: size)
             }

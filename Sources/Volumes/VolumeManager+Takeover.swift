@@ -24,65 +24,86 @@ extension VolumeManager {
         try await blocking.run { () throws(BackendError) in try store.save(saved) }
     }
 
-    func forget(_ volume: Volume) async {
-        let parts = volume.name.split(separator: "/").map(String.init)
-        await forget(pool: parts[0], volume: parts[1], volume.logger)
-    }
+    func forget(_ volume: Volume) async { await forget(volume.name, volume.logger) }
 
-    private func forget(pool: String, volume: String, _ logger: Logger) async {
+    /// - Parameter name: `pool/volume`.
+    func forget(_ name: String, _ logger: Logger) async {
+        state.withLock { $0.leftovers[name] = nil }
         guard let store else { return }
+        let parts = name.split(separator: "/").map(String.init)
         do throws(BackendError) {
-            try await blocking.run { () throws(BackendError) in try store.remove(pool: pool, volume: volume) }
+            try await blocking.run { () throws(BackendError) in try store.remove(pool: parts[0], volume: parts[1]) }
         } catch { logger.error("the mapping stays in the state folder: \(error.message)") }
     }
 
     func unreserve(_ deviceID: UInt32) { state.withLock { _ = $0.reserved.remove(deviceID) } }
 
-    /// Takes over the mappings an earlier daemon left. What cannot be taken over is logged and left as it is.
+    // MARK: Taking over
+
+    /// Takes over the mappings an earlier daemon left, side by side. Returns when each was tried once, or after
+    /// `patience` seconds; what has not come by then is tried again until it does or is unmapped, and known to `map`,
+    /// `list` and `info` meanwhile.
     /// - Parameter resolve: the pool of a name in a configuration.
-    package func restore(
-        _ resolve: @Sendable (_ pool: String, _ config: String) async throws(BackendError) -> any VolumePool
-    ) async {
+    package func restore(patience: UInt64 = 5, _ resolve: @escaping Resolve) async {
         guard let store else { return }
-        do throws(BackendError) {
-            let (documents, damaged) = try await blocking.run { () throws(BackendError) in try store.load() }
-            for text in damaged { logger.error("\(text)") }
-            state.withLock { $0.reserved.formUnion(documents.map(\.deviceID)) }
-            for document in documents {
-                do throws(BackendError) { try await restore(document, resolve) } catch {
-                    logger.error(
-                        "not taken over: \(error.message)", metadata: ["volume": "\(document.name)"])
+        let found = await BlockingThread.always(on: blocking) { Leftovers.find(store) }
+        for text in found.problems { logger.error("\(text)") }
+        state.withLock { $0.leftovers = found.leftovers }
+        for document in found.gone { await forgetGone(document) }
+        let tries = Task {
+            await withTaskGroup(of: Void.self) { group in
+                group.addTask { [self] in await disconnect(found.orphans) }
+                for name in found.leftovers.keys {
+                    group.addTask { [self] in
+                        if await !tryTakeover(name, resolve) { Task { await keepTrying(name, resolve) } }
+                    }
                 }
-                unreserve(document.deviceID)
             }
-            if damaged.isEmpty { await disconnectOrphans(store, documents) }
-        } catch { logger.error("mappings are not taken over: \(error.message)") }
+        }
+        _ = await tries.isDone(within: patience)
     }
 
-    private func restore(
-        _ document: MappingDocument,
-        _ resolve: @Sendable (_ pool: String, _ config: String) async throws(BackendError) -> any VolumePool
-    ) async throws(BackendError) {
-        var attached: AttachedDevice?
-        var target = MapTarget.export
-        if let device = document.device {
-            guard let identifier = DeviceIdentifier(device.identifier), identifier.volume == document.name else {
-                throw BackendError(
-                    code: EINVAL,
-                    message: "its document speaks of the device '\(device.identifier)', which is not its own")
+    private func keepTrying(_ name: String, _ resolve: @escaping Resolve) async {
+        var pause: UInt64 = 1
+        repeat {
+            await wait(nanoseconds: pause * 1_000_000_000)
+            pause = min(pause * 2, 5)
+        } while await !tryTakeover(name, resolve)
+    }
+
+    /// - Returns: whether that is the end of it: it is taken over, or time will not help.
+    private func tryTakeover(_ name: String, _ resolve: @escaping Resolve) async -> Bool {
+        await names.run(name) { [self] in
+            guard !isStopping, let leftover = leftover(name), let document = leftover.document else { return true }
+            do throws(BackendError) {
+                let pool = try await resolve(document.pool, document.config)
+                _ = try await takeOver(
+                    leftover, document, pool, BringUp(.takeover, now: monotonicNanoseconds()), name)
+                return true
+            } catch {
+                return isStopping || !note(error, name)
             }
-            guard let kernel = await blocking.run({ KernelDevice.find(identifier) }) else {
-                logger.notice("its device is gone; forgotten", metadata: ["volume": "\(document.name)"])
-                await blocking.run { DeviceNames().remove(identifier) }
-                await forget(pool: document.pool, volume: document.volume, logger)
-                return
-            }
-            attached = AttachedDevice(identifier: identifier, device: kernel)
-            target = .device(wanted: device.wanted)
         }
-        let options = MapOptions(target: target, readOnly: document.readOnly, configPath: document.config)
-        let pool = try await resolve(document.pool, document.config)
-        let volume = try await serveAgain(pool, document, options)
+    }
+
+    /// - Returns: nil when its device is gone, and the mapping with it.
+    func takeOver(
+        _ leftover: Leftover, _ document: MappingDocument, _ pool: any VolumePool, _ bringUp: BringUp, _ name: String
+    ) async throws(BackendError) -> MappedVolume? {
+        if let attached = leftover.device {
+            let isThere = await blocking.run { attached.device.backend == attached.identifier.description }
+            guard isThere else {
+                await forgetGone(document)
+                return nil
+            }
+        }
+        let options = MapOptions(
+            target: leftover.device == nil ? .export : .device(wanted: document.device?.wanted),
+            readOnly: document.readOnly, configPath: document.config)
+        let settings = VolumeSettings(document)
+        let volume = try await serve(pool, document.volume, options, settings, bringUp, name) { [weak self] event in
+            self?.handle(event, document.pool, document.volume)
+        }
         do throws(BackendError) {
             let record = volume.opened.record
             guard record.id == document.volumeID else {
@@ -91,41 +112,38 @@ extension VolumeManager {
                     message: "its volume now is another one of the same name (id 0x\(String(record.id, radix: 16))"
                         + " instead of 0x\(String(document.volumeID, radix: 16)))")
             }
-            if let attached {
+            guard !isStopping else { throw BackendError(code: ESHUTDOWN, message: "qbdd is stopping") }
+            if let attached = leftover.device {
                 let size = attached.device.size
                 // Smaller when a daemon ended while the volume grew; it gets the rest with its connections.
                 guard size > 0, size <= record.size else {
                     throw BackendError(
                         code: ESTALE, message: "\(attached.device.path) has \(size) bytes, the volume \(record.size)")
                 }
-                try await reconnect(attached, volume, VolumeSettings(document))
+                try await reconnect(attached, volume, settings)
             }
         } catch {
             await end(volume, failingHeld: false)
             throw error
         }
-        _ = await add(
+        return await add(
             Mapping(
-                deviceID: document.deviceID, pool: pool, options: options, volume: volume, device: attached,
-                settings: VolumeSettings(document)))
+                deviceID: document.deviceID, pool: pool, options: options, volume: volume, device: leftover.device,
+                settings: settings))
     }
 
-    /// The daemon before may still be ending, with I/O under way that holds the volume's lock.
-    private func serveAgain(
-        _ pool: any VolumePool, _ document: MappingDocument, _ options: MapOptions
-    ) async throws(BackendError) -> Volume {
-        let bringUp = BringUp(.takeover, now: monotonicNanoseconds())
-        return try await serve(
-            pool, document.volume, options, VolumeSettings(document), bringUp, document.name
-        ) { [weak self] event in self?.handle(event, document.pool, document.volume) }
+    private func forgetGone(_ document: MappingDocument) async {
+        logger.notice("its device is gone; forgotten", metadata: ["volume": "\(document.name)"])
+        if let identifier = document.device.flatMap({ DeviceIdentifier($0.identifier) }) {
+            await blocking.run { DeviceNames().remove(identifier) }
+        }
+        await forget(document.name, logger)
     }
 
-    /// Devices this state folder made and knows nothing of any more.
-    private func disconnectOrphans(_ store: MappingStore, _ documents: [MappingDocument]) async {
-        let known = Set(documents.compactMap { $0.device?.identifier })
-        await blocking.run { [logger] in
-            for (device, identifier) in KernelDevice.ours()
-            where store.made(identifier) && !known.contains(identifier.description) {
+    private func disconnect(_ orphans: [AttachedDevice]) async {
+        await BlockingThread.always(on: blocking) { [logger] in
+            for orphan in orphans {
+                let (device, identifier) = (orphan.device, orphan.identifier)
                 logger.warning(
                     "\(device.path) belongs to no mapping; disconnected", metadata: ["volume": "\(identifier.volume)"])
                 do throws(KernelDeviceError) {
@@ -136,33 +154,7 @@ extension VolumeManager {
         }
     }
 
-    /// Ends a mapping that is written down and was not taken over: its volume is gone, or is another one now. What waits
-    /// for the volume in the kernel fails.
-    func unmapLeftover(pool: String, volume: String, force: Bool) async throws(BackendError) -> String? {
-        let name = "\(pool)/\(volume)"
-        guard let store,
-            let document = try await blocking.run({ () throws(BackendError) in try store.load().documents })
-                .first(where: { $0.pool == pool && $0.volume == volume })
-        else { throw notMapped(name) }
-        var logger = logger
-        logger[metadataKey: "volume"] = "\(name)"
-        var warning: String?
-        if let text = document.device?.identifier {
-            guard let identifier = DeviceIdentifier(text), identifier.volume == name else {
-                throw BackendError(
-                    code: ENOTTY, message: "\(name) is not mapped; its document in the state folder speaks of \(text)")
-            }
-            if let device = await blocking.run({ KernelDevice.find(identifier) }) {
-                let attached = AttachedDevice(identifier: identifier, device: device)
-                warning = try await detachDevice(attached, nil, logger, force: force)
-            } else {
-                await blocking.run { DeviceNames().remove(identifier) }
-            }
-        }
-        await forget(pool: pool, volume: volume, logger)
-        logger.info("unmapped; it had not been taken over")
-        return warning
-    }
+    // MARK: Fresh connections
 
     /// Gives a device fresh connections: what was read from the old ones is answered there, the rest the kernel sends
     /// again on the new ones.

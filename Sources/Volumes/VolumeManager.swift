@@ -60,6 +60,8 @@ package final class VolumeManager: Sendable {
 
     struct State {
         var mappings: [String: Mapping] = [:]
+        /// What an earlier daemon had mapped, and this one has not taken over.
+        var leftovers: [String: Leftover] = [:]
         /// Being mapped: not in `mappings` yet.
         var reserved: Set<UInt32> = []
         var listeners: [Listener] = []
@@ -73,9 +75,9 @@ package final class VolumeManager: Sendable {
         var ownsSocket = false
     }
 
-    private let nbdSocketPath: String
+    let nbdSocketPath: String
     private let tcpListen: (host: String, port: UInt16)?
-    private let maximumConnections: Int
+    let maximumConnections: Int
     let deviceSettings: DeviceSettings
     let timing: VolumeTiming
     let logger: Logger
@@ -83,7 +85,7 @@ package final class VolumeManager: Sendable {
     /// For what copies data, and may take minutes.
     let copying: BlockingThread
     let store: MappingStore?
-    private let listenerLoop: EventLoop
+    let listenerLoop: EventLoop
     private let registry: ExportRegistry
     let names = NameQueues()
     let state = Mutex(State())
@@ -153,10 +155,15 @@ package final class VolumeManager: Sendable {
             throw BackendError(
                 code: EINVAL, message: "size \(size): it must be a multiple of the block size, \(blockSize) bytes")
         }
-        let record = try await BlockingThread.alone { () throws(BackendError) in
-            try pool.create(volume: volume, size: size, blockSize: blockSize)
+        let name = "\(pool.name)/\(volume)"
+        let record = try await names.run(name) { [self] () throws(BackendError) in
+            // It must not come to a device that was another volume's.
+            try refuseLeftover(name)
+            return try await BlockingThread.alone { () throws(BackendError) in
+                try pool.create(volume: volume, size: size, blockSize: blockSize)
+            }
         }
-        logger.info("created, \(size) bytes", metadata: ["volume": "\(pool.name)/\(volume)"])
+        logger.info("created, \(size) bytes", metadata: ["volume": "\(name)"])
         return record
     }
 
@@ -166,6 +173,7 @@ package final class VolumeManager: Sendable {
             if let mapping = mapping(name), mapping.pool === pool {
                 throw BackendError(code: EBUSY, message: "\(name) is mapped; unmap it first: qbd unmap \(name)")
             }
+            try refuseLeftover(name)
             try await BlockingThread.alone { () throws(BackendError) in
                 try pool.delete(volume: volume, snapshots: snapshots)
             }
@@ -190,10 +198,13 @@ package final class VolumeManager: Sendable {
         return try await names.run(name) { [self] () throws(BackendError) in
             try Self.check(options.limits)
             if let mapping = mapping(name) {
-                try checkAgreement(mapping, options, name)
+                try Self.checkAgreement(
+                    name, config: mapping.options.configPath, readOnly: mapping.options.readOnly, mapping.device,
+                    with: options)
                 return await describe(mapping)
             }
             if case .device = options.target { try await requireDriver(for: name) }
+            if let mapped = try await mapLeftover(pool, options, name) { return mapped }
             return try await open(pool, volume, options, name) { [weak self] event in
                 self?.handle(event, pool.name, volume)
             }
@@ -211,71 +222,12 @@ package final class VolumeManager: Sendable {
         }
     }
 
-    /// Partitions made while a device is mapped get their names.
-    private func watchDevices() async {
-        guard state.withLock({ $0.watcher == nil && !$0.stopping }) else { return }
-        let problem = await listenerLoop.call { [self] () -> String? in
-            do throws(SystemError) {
-                let watcher = try KernelEventWatcher(loop: listenerLoop) { [weak self] event in
-                    self?.deviceChanged(event?.index)
-                }
-                let taken = state.withLock { state in
-                    guard state.watcher == nil, !state.stopping else { return false }
-                    state.watcher = watcher
-                    return true
-                }
-                if !taken { watcher.close() }
-                return nil
-            } catch { return "\(error); partitions made while a device is mapped get no names" }
-        }
-        if let problem = problem ?? nil { logger.warning("\(problem)") }
-    }
-
-    /// - Parameter index: nil when any device may have changed.
-    private func deviceChanged(_ index: UInt32?) {
-        let changed = state.withLock { state in
-            state.mappings.filter { $0.value.device != nil && (index == nil || $0.value.device?.device.index == index) }
-        }
-        for name in changed.keys {
-            Task {
-                await names.run(name) { [self] in
-                    if let mapping = mapping(name), let device = mapping.device { await renew(device, mapping.volume) }
-                }
-            }
-        }
-    }
-
-    private func checkAgreement(_ mapping: Mapping, _ options: MapOptions, _ name: String) throws(BackendError) {
-        if mapping.options.configPath != options.configPath {
-            throw BackendError(
-                code: EEXIST, message: "\(name) is mapped already, with \(mapping.options.configPath); unmap it first")
-        }
-        if mapping.options.readOnly != options.readOnly {
-            let how = mapping.options.readOnly ? "read-only" : "writable"
-            throw BackendError(code: EEXIST, message: "\(name) is mapped already, \(how); unmap it first")
-        }
-        switch options.target {
-        case .export:
-            guard let device = mapping.device else { return }
-            throw BackendError(
-                code: EEXIST, message: "\(name) is mapped already, as /dev/\(device.name); unmap it first")
-        case .device(let wanted):
-            guard let device = mapping.device else {
-                throw BackendError(code: EEXIST, message: "\(name) is mapped already, as an export; unmap it first")
-            }
-            if let wanted, KernelDevice(path: wanted) != device.device {
-                throw BackendError(
-                    code: EEXIST, message: "\(name) is mapped already, as \(device.device.path); unmap it first")
-            }
-        }
-    }
-
     private func open(
         _ pool: any VolumePool, _ volume: String, _ options: MapOptions, _ name: String,
         report: @escaping @Sendable (SessionEvent) -> Void
     ) async throws(BackendError) -> MappedVolume {
         let others = await numbersOfOthers(options.target)
-        guard let deviceID = reserveDeviceID(except: others) else {
+        guard let deviceID = reserveDeviceID(except: others, for: name) else {
             throw BackendError(code: ESHUTDOWN, message: "\(name) is not mapped: qbdd is stopping")
         }
         defer { unreserve(deviceID) }
@@ -301,60 +253,11 @@ package final class VolumeManager: Sendable {
         }
     }
 
-    /// Brings the volume up: opens it, as often as that promises something, looks whether it can be served, and starts
-    /// its loop.
-    func serve(
-        _ pool: any VolumePool, _ volume: String, _ options: MapOptions, _ settings: VolumeSettings,
-        _ bringUp: BringUp, _ name: String, report: @escaping @Sendable (SessionEvent) -> Void
-    ) async throws(BackendError) -> Volume {
-        let opened = try await open(pool, volume, options, bringUp, name)
-        var volumeLogger = logger
-        volumeLogger[metadataKey: "volume"] = "\(name)"
-        do throws(BackendError) {
-            try BringUp.check(opened.record, isProtected: opened.readOnly, readOnly: options.readOnly, name: name)
-            return try await Volume.start(
-                name: name, opened: opened, settings: settings, slowIO: timing.slowIO,
-                maximumSessions: maximumConnections, logger: volumeLogger, report: report)
-        } catch {
-            await blocking.run { opened.close() }
-            throw error
-        }
-    }
-
-    private func open(
-        _ pool: any VolumePool, _ volume: String, _ options: MapOptions, _ bringUp: BringUp, _ name: String
-    ) async throws(BackendError) -> any OpenVolume {
-        var isFirst = true
-        while true {
-            do throws(BackendError) {
-                let limit = bringUp.remaining(now: monotonicNanoseconds())
-                // A cluster may take its time, and holds up nobody else.
-                return try await BlockingThread.alone { () throws(BackendError) in
-                    try pool.open(volume: volume, readOnly: options.readOnly, within: limit)
-                }
-            } catch {
-                let pause: UInt64
-                switch bringUp.decide(error, now: monotonicNanoseconds()) {
-                case .giveUp(let reason): throw reason
-                case .again(let time): pause = time
-                }
-                guard !state.withLock({ $0.stopping }) else { throw error }
-                if isFirst {
-                    logger.notice("not ready yet, tried again: \(error.message)", metadata: ["volume": "\(name)"])
-                }
-                isFirst = false
-                await wait(nanoseconds: pause)
-            }
-        }
-    }
-
-    private func wait(nanoseconds: UInt64) async {
-        // Only cancellation ends it early, and nobody cancels this.
-        do { try await Task.sleep(nanoseconds: nanoseconds) } catch {}
-    }
-
     func add(_ mapping: Mapping) async -> MappedVolume {
-        state.withLock { $0.mappings[mapping.volume.name] = mapping }
+        state.withLock { state in
+            state.mappings[mapping.volume.name] = mapping
+            state.leftovers[mapping.volume.name] = nil
+        }
         if mapping.device != nil { await watchDevices() }
         // What is a device has one user, the kernel, with a cache of its own.
         if mapping.device == nil { registry.add(mapping.volume) }
@@ -367,17 +270,13 @@ package final class VolumeManager: Sendable {
         return await describe(mapping)
     }
 
-    func end(_ volume: Volume, failingHeld: Bool) async {
-        await volume.stop(grace: Self.grace, failingHeld: failingHeld)
-        await blocking.run { volume.opened.close() }
-    }
-
     /// The smallest free number; nil when the daemon is stopping.
     /// - Parameter others: numbers that are not free either.
-    private func reserveDeviceID(except others: Set<UInt32>) -> UInt32? {
+    private func reserveDeviceID(except others: Set<UInt32>, for name: String) -> UInt32? {
         state.withLock { state in
             guard !state.stopping else { return nil }
             let used = Set(state.mappings.values.map(\.deviceID)).union(state.reserved).union(others)
+                .union(state.leftovers.filter { $0.key != name }.values.map(\.deviceID))
             let free = (UInt32(0)...).first { !used.contains($0) }
             if let free { state.reserved.insert(free) }
             return free
@@ -391,7 +290,7 @@ package final class VolumeManager: Sendable {
         if force { cancelSuspend(name) }
         return try await names.run(name) { [self] () throws(BackendError) -> String? in
             guard let mapping = mapping(name) else {
-                return try await unmapLeftover(pool: pool, volume: volume, force: force)
+                return try await unmapLeftover(name, force: force)
             }
             let clients = await mapping.volume.status()?.clients ?? []
             if !force, !clients.isEmpty {
@@ -424,64 +323,6 @@ package final class VolumeManager: Sendable {
         registry.remove(name)
         await end(mapping.volume, failingHeld: false)
         state.withLock { $0.mappings[name] = nil }
-    }
-
-    func notMapped(_ name: String) -> BackendError {
-        BackendError(code: ENOTTY, message: "\(name) is not mapped; `qbd list` shows what is")
-    }
-
-    // MARK: Showing
-
-    /// Ordered by device id.
-    package func list() async -> [MappedVolume] {
-        let mappings = state.withLock { $0.mappings.values.sorted { $0.deviceID < $1.deviceID } }
-        var list: [MappedVolume] = []
-        for mapping in mappings { list.append(await describe(mapping)) }
-        return list
-    }
-
-    /// - Returns: nil when it is not mapped.
-    package func configPath(pool: String, volume: String) -> String? {
-        mapping("\(pool)/\(volume)")?.options.configPath
-    }
-
-    package func info(pool: String, volume: String) async throws(BackendError) -> VolumeStatus {
-        let name = "\(pool)/\(volume)"
-        guard let mapping = mapping(name), let status = await mapping.volume.status() else { throw notMapped(name) }
-        return VolumeStatus(
-            mapping: describe(mapping, status), counters: status.counters, inFlight: status.inFlight,
-            heldBack: status.heldBack,
-            readLatency: status.readLatency, writeLatency: status.writeLatency, flushLatency: status.flushLatency,
-            clients: status.clients, cluster: status.cluster)
-    }
-
-    private func describe(_ mapping: Mapping) async -> MappedVolume {
-        describe(mapping, await mapping.volume.status())
-    }
-
-    private func describe(_ mapping: Mapping, _ status: VolumeLoopStatus?) -> MappedVolume {
-        MappedVolume(
-            deviceID: mapping.deviceID, pool: mapping.pool.name, record: mapping.volume.opened.record,
-            device: mapping.device?.name,
-            configPath: mapping.options.configPath, readOnly: mapping.options.readOnly,
-            protocolName: mapping.volume.opened.protocolName,
-            uri: "nbd+unix:///\(mapping.volume.name)?socket=\(Self.encoded(nbdSocketPath))",
-            limits: mapping.settings.limits, state: status?.state ?? .normal,
-            health: status?.health ?? .failed, healthSince: status?.healthSince ?? 0, since: status?.since ?? 0,
-            connections: status?.connections ?? 0)
-    }
-
-    /// Percent-encoded for the query of a URI (RFC 3986, 3.4).
-    private static func encoded(_ path: String) -> String {
-        path.utf8.reduce(into: "") { text, byte in
-            switch byte {
-            case UInt8(ascii: "A")...UInt8(ascii: "Z"), UInt8(ascii: "a")...UInt8(ascii: "z"),
-                UInt8(ascii: "0")...UInt8(ascii: "9"), UInt8(ascii: "/"), UInt8(ascii: "."), UInt8(ascii: "_"),
-                UInt8(ascii: "-"), UInt8(ascii: "~"):
-                text.unicodeScalars.append(Unicode.Scalar(byte))
-            default: text += "%" + (byte < 16 ? "0" : "") + String(byte, radix: 16, uppercase: true)
-            }
-        }
     }
 
     // MARK: One volume for one process
@@ -527,21 +368,22 @@ package final class VolumeManager: Sendable {
     }
 
     private func close() async {
-        let (mappings, listeners, watcher, ownsSocket) = state.withLock { state in
+        let (names, listeners, watcher, ownsSocket) = state.withLock { state in
             state.stopping = true
             defer { (state.listeners, state.watcher) = ([], nil) }
-            return (state.mappings.keys.sorted(), state.listeners, state.watcher, state.ownsSocket)
+            let names = Set(state.mappings.keys).union(state.leftovers.keys).sorted()
+            return (names, state.listeners, state.watcher, state.ownsSocket)
         }
         _ = await listenerLoop.call {
             for listener in listeners { listener.close() }
             watcher?.close()
         }
         await withTaskGroup(of: Void.self) { group in
-            for name in mappings {
+            for name in names {
                 // Or else the end would wait until that suspend's time has passed.
                 cancelSuspend(name)
                 group.addTask { [self] in
-                    await names.run(name) { [self] in
+                    await self.names.run(name) { [self] in
                         if let mapping = mapping(name) { await close(mapping, name) }
                     }
                 }

@@ -58,4 +58,6 @@ package struct VolumeStatus: Sendable {
     package let clients: [String]
     /// Nil unless the volume is a cluster's.
     package let cluster: ClusterReport?
+    /// Why I/O waits for its store, in one sentence; nil when it does not.
+    package let waits: String?
 }

@@ -86,7 +86,7 @@ extension MappingStatus {
                     address: $0.address, state: $0.state.rawValue, connections: $0.connections, inFlight: $0.requests,
                     trouble: $0.trouble)
             },
-            waits: status.cluster?.waits)
+            waits: status.waits)
     }
 }
 

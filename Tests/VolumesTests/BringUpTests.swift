@@ -36,12 +36,12 @@ struct BringUpTests {
         #expect(run(.map(limit: 180), code) == (1, 0, code))
     }
 
-    @Test("a daemon that ends may hold its lock for a while, and not for ever")
+    @Test("a daemon that ends may hold its lock for a while; all else is left to the next try of the takeover")
     func takeover() {
         let result = run(.takeover, EBUSY)
-        #expect(result.code == EBUSY && result.seconds == 30 && result.tries > 100)
+        #expect(result.code == EBUSY && result.seconds == 10 && result.tries > 100)
         #expect(run(.takeover, ENOENT) == (1, 0, ENOENT))
-        #expect(run(.takeover, ECONNREFUSED) == (31, 30, ECONNREFUSED))
+        #expect(run(.takeover, ECONNREFUSED) == (1, 0, ECONNREFUSED))
     }
 
     @Test("the text says what was waited for")

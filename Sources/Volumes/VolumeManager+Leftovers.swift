@@ -1,0 +1,181 @@
+import Backend
+import EventLoop
+import Glibc
+import Logging
+import NBD
+
+/// What an earlier daemon had mapped, and this one has not taken over: its store is away, or it is not what it was.
+struct Leftover: Sendable {
+    let deviceID: UInt32
+    /// Nil when it cannot be read; then there is a device.
+    let document: MappingDocument?
+    /// Nil for an export.
+    let device: AttachedDevice?
+    /// Bytes of the device; 0 for an export.
+    let size: UInt64
+    /// Seconds since 1970.
+    let since = Int64(time(nil))
+    /// Why it is not taken over; nil while it is tried for the first time.
+    var problem: BackendError?
+    /// Whether it is tried again.
+    var isAwaited = true
+
+    /// Whether nobody else may have its name: I/O may wait for it in the kernel, or it may be served any moment.
+    var isKept: Bool { device != nil || isAwaited }
+}
+
+/// What a daemon finds at its start.
+struct Leftovers: Sendable {
+    /// By `pool/volume`.
+    private(set) var leftovers: [String: Leftover] = [:]
+    /// Of devices that the kernel does not have any more.
+    private(set) var gone: [MappingDocument] = []
+    /// Devices of this state folder that no document speaks of, and none that cannot be read might.
+    private(set) var orphans: [AttachedDevice] = []
+    /// One line each.
+    private(set) var problems: [String] = []
+
+    /// Blocking.
+    static func find(_ store: MappingStore) -> Leftovers {
+        var found = Leftovers()
+        var documents: [MappingDocument] = []
+        do throws(BackendError) { (documents, found.problems) = try store.load() } catch {
+            found.problems = ["mappings are not taken over: \(error.message)"]
+        }
+        var devices: [String: AttachedDevice] = [:]
+        for (device, identifier) in KernelDevice.ours() where store.made(identifier) {
+            devices[identifier.description] = AttachedDevice(identifier: identifier, device: device)
+        }
+        for document in documents { found.add(document, &devices) }
+        for device in devices.values {
+            guard !found.problems.isEmpty else {
+                found.orphans.append(device)
+                continue
+            }
+            let name = device.identifier.volume
+            guard found.leftovers[name] == nil else { continue }
+            found.leftovers[name] = Leftover(
+                deviceID: device.identifier.deviceID, document: nil, device: device, size: device.device.size,
+                problem: BackendError(code: EINVAL, message: "its document in the state folder is damaged"),
+                isAwaited: false)
+        }
+        return found
+    }
+
+    /// - Parameter devices: by identifier; what belongs to a document is taken out.
+    private mutating func add(_ document: MappingDocument, _ devices: inout [String: AttachedDevice]) {
+        var device: AttachedDevice?
+        if let text = document.device?.identifier {
+            guard DeviceIdentifier(text)?.volume == document.name else {
+                problems.append("the document of \(document.name) speaks of the device '\(text)', which is not its own")
+                return
+            }
+            device = devices.removeValue(forKey: text)
+            guard device != nil else {
+                gone.append(document)
+                return
+            }
+        }
+        leftovers[document.name] = Leftover(
+            deviceID: document.deviceID, document: document, device: device, size: device?.device.size ?? 0)
+    }
+}
+
+extension VolumeManager {
+    /// The pool of a name in a configuration.
+    package typealias Resolve =
+        @Sendable (_ pool: String, _ config: String) async throws(BackendError) -> any VolumePool
+
+    func leftover(_ name: String) -> Leftover? { state.withLock { $0.leftovers[name] } }
+
+    /// Remembers why it could not be taken over.
+    /// - Returns: whether it is to be tried again.
+    func note(_ error: BackendError, _ name: String) -> Bool {
+        let (isAwaited, isNews) = state.withLock { state in
+            guard var leftover = state.leftovers[name] else { return (false, true) }
+            let isNews = leftover.problem?.code != error.code
+            leftover.problem = error
+            // A device stays until somebody unmaps it, so its volume is waited for; unless that is another one now.
+            leftover.isAwaited =
+                leftover.device == nil
+                ? error.code == EBUSY || BringUp.isBecomingReady(error.code) : error.code != ESTALE
+            state.leftovers[name] = leftover
+            return (leftover.isAwaited, isNews)
+        }
+        if isNews {
+            logger.error(
+                "not taken over\(isAwaited ? ", tried again" : ""): \(error.message)", metadata: ["volume": "\(name)"])
+        }
+        return isAwaited
+    }
+
+    /// Takes it over when somebody asks for the very mapping.
+    /// - Returns: nil when there is nothing to be taken over, and the volume can be mapped like any other.
+    func mapLeftover(
+        _ pool: any VolumePool, _ options: MapOptions, _ name: String
+    ) async throws(BackendError) -> MappedVolume? {
+        guard let leftover = leftover(name), leftover.isKept else { return nil }
+        guard let document = leftover.document else { throw notTakenOver(name, leftover) }
+        try Self.checkAgreement(
+            name, config: document.config, readOnly: document.readOnly, leftover.device, with: options)
+        do throws(BackendError) {
+            return try await takeOver(
+                leftover, document, pool, BringUp(.map(limit: timing.open), now: monotonicNanoseconds()), name)
+        } catch {
+            _ = note(error, name)
+            guard let leftover = self.leftover(name), leftover.isKept else { return nil }
+            // An export has nothing to lose, and why it is not there is the answer.
+            throw leftover.device == nil ? error : notTakenOver(name, leftover)
+        }
+    }
+
+    /// EBUSY when the name belongs to what may be taken over.
+    func refuseLeftover(_ name: String) throws(BackendError) {
+        if let leftover = leftover(name), leftover.isKept { throw notTakenOver(name, leftover) }
+    }
+
+    private func notTakenOver(_ name: String, _ leftover: Leftover) -> BackendError {
+        let what = leftover.device.map { "its device \($0.device.path)" } ?? "its export"
+        let reason = leftover.problem.map { ": \($0.message)" } ?? ""
+        return BackendError(
+            code: EBUSY,
+            message: "\(name) is mapped since before qbdd was started, and \(what) is not taken over"
+                + "\(leftover.isAwaited ? " yet" : "")\(reason); to give it up: qbd unmap \(name)")
+    }
+
+    /// ENOTTY, or EBUSY for what may be taken over.
+    func notMapped(_ name: String) -> BackendError {
+        if let leftover = leftover(name), leftover.isKept { return notTakenOver(name, leftover) }
+        return BackendError(code: ENOTTY, message: "\(name) is not mapped; `qbd list` shows what is")
+    }
+
+    /// Ends a mapping that was not taken over. What waits for the volume in the kernel fails.
+    func unmapLeftover(_ name: String, force: Bool) async throws(BackendError) -> String? {
+        guard let leftover = leftover(name) else { throw notMapped(name) }
+        var logger = logger
+        logger[metadataKey: "volume"] = "\(name)"
+        var warning: String?
+        if let attached = leftover.device { warning = try await detachDevice(attached, nil, logger, force: force) }
+        await forget(name, logger)
+        logger.info("unmapped; it had not been taken over")
+        return warning
+    }
+
+    /// EEXIST unless what is mapped is what is asked for.
+    static func checkAgreement(
+        _ name: String, config: String, readOnly: Bool, _ device: AttachedDevice?, with options: MapOptions
+    ) throws(BackendError) {
+        func isMapped(_ how: String) -> BackendError {
+            BackendError(code: EEXIST, message: "\(name) is mapped already, \(how); unmap it first")
+        }
+        if config != options.configPath { throw isMapped("with \(config)") }
+        if readOnly != options.readOnly { throw isMapped(readOnly ? "read-only" : "writable") }
+        switch options.target {
+        case .export:
+            if let device { throw isMapped("as /dev/\(device.name)") }
+        case .device(let wanted):
+            guard let device else { throw isMapped("as an export") }
+            if let wanted, KernelDevice(path: wanted) != device.device { throw isMapped("as \(device.device.path)") }
+        }
+    }
+}
