@@ -143,10 +143,15 @@ extension VolumeManager {
             var remarks = QueueSettings(device).apply(
                 resendInterval: isNew ? Self.resendInterval(device, heldBack: false) : nil)
             do throws(SystemError) {
+                try DeviceNames().makeNodes(device)
                 try QueueSettings(device).setReadOnly(readOnly)
                 if isOpen { try QueueSettings(device).scanPartitions() }
                 remarks += try DeviceNames().make(device, attached.identifier)
-            } catch { throw BackendError(error) }
+            } catch {
+                guard !isNew else { throw BackendError(error) }
+                // Who uses the device needs its connections, not its names.
+                remarks.append("\(error)")
+            }
             return remarks
         }
         for remark in remarks { volume.logger.warning("\(remark)") }

@@ -54,7 +54,7 @@ package struct DeviceNames: Sendable {
             if !done { remarks.append("udev did not name \(device.path) within \(Int(udevTimeout)) s") }
         }
         try checkOthers(device, identifier)
-        for (name, number) in device.numbers { try makeNode(name, number) }
+        try makeNodes(device)
         for link in links { try make(link) }
         for stale in partitionLinks(of: identifier) where !links.contains(where: { $0.path == stale }) { remove(stale) }
         return remarks
@@ -163,7 +163,12 @@ package struct DeviceNames: Sendable {
 
     // MARK: Nodes
 
-    /// Makes the kernel's own node where nobody else does: a container's /dev is often a folder like any other.
+    /// Makes the kernel's own nodes where nobody else does: a container's /dev is often a folder like any other. Those
+    /// of partitions once they are known.
+    package func makeNodes(_ device: KernelDevice) throws(SystemError) {
+        for (name, number) in device.numbers { try makeNode(name, number) }
+    }
+
     private func makeNode(_ name: String, _ number: String) throws(SystemError) {
         let parts = number.split(separator: ":").compactMap { UInt32($0) }
         guard parts.count == 2 else { return }

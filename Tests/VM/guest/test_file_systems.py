@@ -141,3 +141,30 @@ def test_removed_partitions_lose_their_names(daemon):
     daemon.unmap("disk/a")
     daemon.map("disk/a")
     assert names() == {"qbd0", "qbd0p1", "qbd/disk/a"}
+
+
+def test_nodes_are_made_where_nobody_makes_them(daemon):
+    """A container's /dev may be a folder like any other."""
+    daemon.disk("disk/a")
+    daemon.unmap("disk/a")
+    nodes = {path: os.stat(path) for path in pathlib.Path("/dev").glob("nbd*")}
+    assert nodes
+    try:
+        for path in nodes:
+            path.unlink()
+        device = daemon.map("disk/a")
+        partition(device, "label: gpt\nsize=8MiB\n")
+        daemon.unmap("disk/a")
+        for path in pathlib.Path("/dev").glob("nbd*"):
+            path.unlink()
+        device = daemon.map("disk/a")
+        assert device.kernel_path.exists() and is_block_device("/dev/qbd0p1")
+        daemon.kill()
+        device.kernel_path.unlink()
+        daemon.start()
+        daemon.wait_until_usable(device)
+        daemon.unmap("disk/a")
+    finally:
+        for path, status in nodes.items():
+            if not path.exists():
+                os.mknod(path, status.st_mode, status.st_rdev)

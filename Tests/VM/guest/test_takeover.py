@@ -1,5 +1,6 @@
 """The daemon may die, be restarted or stay away: devices stay, I/O waits, nothing is lost, nothing is mixed up."""
 
+import contextlib
 import os
 import pathlib
 import random
@@ -273,3 +274,92 @@ def test_remap_under_load_has_no_error(daemon, kernel_log):
 def test_remap_of_what_is_not_mapped_is_25(daemon):
     daemon.create("disk/a")
     daemon.qbd("remap", "disk/a").failed(25, "disk/a")
+
+
+@contextlib.contextmanager
+def pool_away(daemon):
+    """Something else is mounted where the pool is, or what should be mounted there is not."""
+    sh("mount", "-t", "tmpfs", "none", daemon.pool_path)
+    try:
+        yield
+    finally:
+        # The daemon may have a look at it just now.
+        sh("umount", "--lazy", daemon.pool_path)
+
+
+def test_device_whose_volume_is_away_waits_for_it(daemon, kernel_log):
+    """Nobody else gets its number, its name or its volume, and its document stays."""
+    device = daemon.disk("disk/a", "128M")
+    sh("mkfs.ext4", "-q", device)
+    with mounted("/dev/qbd/disk/a") as path:
+        (path / "before").write_bytes(os.urandom(1 << 20))
+        sh("sync", "--file-system", path)
+        daemon.kill()
+        with pool_away(daemon):
+            daemon.start()
+            document = documents(daemon)[0].read_text()
+            assert [(row.dev_id, row.device, row.volume) for row in daemon.rows()] == [(0, "qbd0", "disk/a")]
+            assert "not taken over" in daemon.json("info", "disk/a")["waits"]
+            daemon.create("ram/b")
+            assert str(daemon.map("ram/b")) == "/dev/qbd1"
+            daemon.qbd("map", "disk/a").failed(16, "disk/a", "not taken over", device.kernel_name)
+            daemon.qbd("delete", "disk/a").failed(16, "disk/a", "not taken over")
+            daemon.qbd("remap", "disk/a").failed(16, "disk/a", "not taken over")
+            daemon.qbd("unmap", "disk/a").failed(16, "disk/a", str(path))
+            daemon.unmap("ram/b")
+            assert [file.read_text() for file in documents(daemon)] == [document]
+            # Another restart changes nothing.
+            daemon.restart(signal.SIGTERM)
+            assert [file.read_text() for file in documents(daemon)] == [document]
+            assert BlockDevice("/dev/qbd/disk/a").number == device.number and device.is_connected
+        (path / "after").write_bytes(os.urandom(1 << 20))
+        sh("sync", "--file-system", path)
+    wait_for(lambda: "waits" not in daemon.json("info", "disk/a"), "it is taken over", 30)
+    sh("fsck.ext4", "-f", "-n", "/dev/qbd/disk/a")
+    assert kernel_log.matching(IO_ERROR) == []
+
+
+def test_map_takes_over_a_device_that_waits(daemon):
+    device = daemon.disk("disk/a")
+    write_pattern(device, "before")
+    daemon.kill()
+    with pool_away(daemon):
+        daemon.start()
+    assert daemon.map("disk/a").number == device.number
+    assert read_pattern(device) == "before"
+
+
+def test_device_with_a_damaged_document_is_nobody_else_s(daemon):
+    """Its number stays its own, it is not mapped a second time, and unmap ends it."""
+    device = daemon.disk("disk/a")
+    daemon.kill()
+    documents(daemon)[0].write_text('{"volume": "di')
+    daemon.start()
+    daemon.create("ram/b")
+    assert str(daemon.map("ram/b")) == "/dev/qbd1"
+    daemon.qbd("map", "disk/a").failed(16, "disk/a", "damaged")
+    assert device.is_connected and documents(daemon)[0].read_text() == '{"volume": "di'
+    daemon.unmap("disk/a")
+    assert [file.name for file in documents(daemon)] == ["ram@b.mapping"]
+    assert str(daemon.map("disk/a")) == "/dev/qbd0"
+
+
+def test_a_name_in_the_way_costs_the_name_alone(daemon, kernel_log):
+    """A mounted device gets its connections whatever is wrong in /dev."""
+    sh("mkfs.ext4", "-q", daemon.disk("disk/a", "128M"))
+    with mounted("/dev/qbd0") as path:
+        before = len(daemon.log())
+        daemon.kill()
+        os.unlink("/dev/qbd0")
+        os.mkdir("/dev/qbd0")
+        try:
+            daemon.start()
+            (path / "file").write_bytes(os.urandom(1 << 20))
+            sh("sync", "--file-system", path)
+            assert daemon.mapped() == {"disk/a"} and "waits" not in daemon.json("info", "disk/a")
+            assert "/dev/qbd0" in daemon.log()[before:], "the log says what is in the way"
+        finally:
+            os.rmdir("/dev/qbd0")
+    daemon.remap("disk/a")
+    assert BlockDevice("/dev/qbd0").kernel_name == BlockDevice("/dev/qbd/disk/a").kernel_name
+    assert kernel_log.matching(IO_ERROR) == []
