@@ -10,23 +10,24 @@ extension Volume {
     ///
     /// When the change fails, the volume goes on as before. When its store cannot be started again after it, all I/O
     /// fails with EIO until the volume is mapped anew.
+    /// - Parameter blocking: closes what was there, where there can be no thread for that alone.
     func exchangeStore(_ change: StoreChange, on blocking: BlockingThread) async throws(BackendError) {
         let old = opened
         // While I/O still runs, so that less is left for the pause.
-        try await blocking.run { () throws(BackendError) in try old.settle() }
+        try await BlockingThread.alone { () throws(BackendError) in try old.settle() }
         guard let (state, since) = await loop.call({ [self] in (gate.state, gate.since) }) else { throw isStopping }
         if state != .suspended { try await suspend(timeout: Self.exchangeTimeout) }
         _ = await loop.call { [self] in store?.close() }
         var failure: BackendError?
         var new: (any OpenVolume)?
         do throws(BackendError) {
-            new = try await blocking.run { () throws(BackendError) in try old.reopen(after: change) }
+            new = try await BlockingThread.alone { () throws(BackendError) in try old.reopen(after: change) }
         } catch { failure = error }
         let next = new ?? old
         let notStarted = await loop.call { [self] in startStore(next) }
         if new != nil {
             currentlyOpened.withLock { $0 = next }
-            await blocking.run { old.close() }
+            await BlockingThread.always(on: blocking) { old.close() }
         }
         if state != .suspended {
             try await resume(state)

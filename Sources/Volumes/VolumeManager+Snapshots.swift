@@ -21,12 +21,14 @@ extension VolumeManager {
             guard snapshots.openVolumesMakeSnapshots, let mapping = mapping(name), mapping.pool === pool,
                 !mapping.options.readOnly
             else {
-                return try await blocking.run { () throws(BackendError) in
+                return try await BlockingThread.alone { () throws(BackendError) in
                     try snapshots.createSnapshot(volume: volume, snapshot: snapshot)
                 }
             }
             try await mapping.volume.exchangeStore(.snapshot(snapshot), on: blocking)
-            let all = try await blocking.run { () throws(BackendError) in try snapshots.snapshots(volume: volume) }
+            let all = try await BlockingThread.alone { () throws(BackendError) in
+                try snapshots.snapshots(volume: volume)
+            }
             guard let made = all.first(where: { $0.name == snapshot }) else {
                 throw BackendError(code: ENOENT, message: "\(name)@\(snapshot) is gone as soon as it was made")
             }
@@ -38,7 +40,7 @@ extension VolumeManager {
 
     package func snapshots(_ pool: any VolumePool, volume: String) async throws(BackendError) -> [SnapshotRecord] {
         let snapshots = try Self.snapshots(of: pool)
-        return try await blocking.run { () throws(BackendError) in try snapshots.snapshots(volume: volume) }
+        return try await BlockingThread.alone { () throws(BackendError) in try snapshots.snapshots(volume: volume) }
     }
 
     /// What only the snapshot needed is freed in the background.
@@ -47,8 +49,8 @@ extension VolumeManager {
     ) async throws(BackendError) {
         let snapshots = try Self.snapshots(of: pool)
         let name = "\(pool.name)/\(volume)"
-        try await names.run(name) { [self] () throws(BackendError) in
-            try await blocking.run { () throws(BackendError) in
+        try await names.run(name) { () throws(BackendError) in
+            try await BlockingThread.alone { () throws(BackendError) in
                 try snapshots.deleteSnapshot(volume: volume, snapshot: snapshot)
             }
         }
@@ -63,7 +65,8 @@ extension VolumeManager {
             if let mapping = mapping(name), mapping.pool === pool {
                 throw BackendError(code: EBUSY, message: "\(name) is mapped; unmap it first: qbd unmap \(name)")
             }
-            try await blocking.run { () throws(BackendError) in
+            try refuseLeftover(name)
+            try await BlockingThread.alone { () throws(BackendError) in
                 try snapshots.rollback(volume: volume, snapshot: snapshot)
             }
         }
@@ -77,7 +80,8 @@ extension VolumeManager {
     ) async throws(BackendError) -> VolumeRecord {
         let snapshots = try Self.snapshots(of: pool)
         let record = try await names.run("\(pool.name)/\(new)") { [self] () throws(BackendError) in
-            try await blocking.run { () throws(BackendError) in
+            try refuseLeftover("\(pool.name)/\(new)")
+            return try await BlockingThread.alone { () throws(BackendError) in
                 try snapshots.clone(volume: volume, snapshot: snapshot, to: new)
             }
         }
@@ -135,7 +139,7 @@ extension VolumeManager {
     private func tidyMapped(_ name: String) async throws(BackendError) -> Bool {
         guard let volume = mapping(name)?.volume, !state.withLock({ $0.stopping }) else { return false }
         let opened = volume.opened
-        guard let change = await blocking.run({ opened.dueChange }) else { return false }
+        guard let change = await BlockingThread.always(on: blocking, { opened.dueChange }) else { return false }
         try await volume.exchangeStore(change, on: blocking)
         return true
     }
