@@ -15,11 +15,14 @@ package struct MapRequest: ControlRequest {
     package var device: String?
     /// What is not named is unlimited. When the volume is mapped already, its limits stay as they are.
     package var limits: ThrottleArgument
+    /// The number it gets if that is free, else the smallest that is.
+    package var deviceID: UInt32?
 
     package init(
         volume: String, config: String, readOnly: Bool, export: Bool, device: String? = nil,
-        limits: ThrottleArgument = ThrottleArgument()
+        limits: ThrottleArgument = ThrottleArgument(), deviceID: UInt32? = nil
     ) {
+        self.deviceID = deviceID
         self.volume = volume
         self.limits = limits
         self.config = config
@@ -31,6 +34,7 @@ package struct MapRequest: ControlRequest {
     package enum CodingKeys: String, CodingKey {
         case volume, config, export, device
         case readOnly = "read_only"
+        case deviceID = "dev_id"
     }
 
     /// A flag that is left out is not set.
@@ -38,6 +42,7 @@ package struct MapRequest: ControlRequest {
         let fields = try decoder.container(keyedBy: CodingKeys.self)
         volume = try fields.decode(String.self, forKey: .volume)
         config = try fields.decode(String.self, forKey: .config)
+        deviceID = try fields.decodeIfPresent(UInt32.self, forKey: .deviceID)
         readOnly = try fields.decodeIfPresent(Bool.self, forKey: .readOnly) ?? false
         export = try fields.decodeIfPresent(Bool.self, forKey: .export) ?? false
         device = try fields.decodeIfPresent(String.self, forKey: .device)
@@ -51,6 +56,7 @@ package struct MapRequest: ControlRequest {
         try fields.encode(readOnly, forKey: .readOnly)
         try fields.encode(export, forKey: .export)
         try fields.encodeIfPresent(device, forKey: .device)
+        try fields.encodeIfPresent(deviceID, forKey: .deviceID)
         try limits.encode(to: encoder)
     }
 }

@@ -21,8 +21,13 @@ package struct MapOptions: Sendable {
     package var configPath: String
     /// From the first request on.
     package var limits: ThrottleLimits
+    /// The number it gets if that is free; else, and when this is nil, the smallest that is.
+    package var deviceID: UInt32?
 
-    package init(target: MapTarget, readOnly: Bool, configPath: String, limits: ThrottleLimits = .none) {
+    package init(
+        target: MapTarget, readOnly: Bool, configPath: String, limits: ThrottleLimits = .none, deviceID: UInt32? = nil
+    ) {
+        self.deviceID = deviceID
         self.target = target
         self.limits = limits
         self.readOnly = readOnly
@@ -227,7 +232,7 @@ package final class VolumeManager: Sendable {
         report: @escaping @Sendable (SessionEvent) -> Void
     ) async throws(BackendError) -> MappedVolume {
         let others = await numbersOfOthers(options.target)
-        guard let deviceID = reserveDeviceID(except: others, for: name) else {
+        guard let deviceID = reserveDeviceID(options.deviceID, except: others, for: name) else {
             throw BackendError(code: ESHUTDOWN, message: "\(name) is not mapped: qbdd is stopping")
         }
         defer { unreserve(deviceID) }
@@ -270,14 +275,16 @@ package final class VolumeManager: Sendable {
         return await describe(mapping)
     }
 
-    /// The smallest free number; nil when the daemon is stopping.
-    /// - Parameter others: numbers that are not free either.
-    private func reserveDeviceID(except others: Set<UInt32>, for name: String) -> UInt32? {
+    /// A number for a volume; nil when the daemon is stopping.
+    /// - Parameters:
+    ///   - wanted: taken if it is free; else the smallest is that is.
+    ///   - others: numbers that are not free either.
+    private func reserveDeviceID(_ wanted: UInt32?, except others: Set<UInt32>, for name: String) -> UInt32? {
         state.withLock { state in
             guard !state.stopping else { return nil }
             let used = Set(state.mappings.values.map(\.deviceID)).union(state.reserved).union(others)
                 .union(state.leftovers.filter { $0.key != name }.values.map(\.deviceID))
-            let free = (UInt32(0)...).first { !used.contains($0) }
+            let free = wanted.flatMap { used.contains($0) ? nil : $0 } ?? (UInt32(0)...).first { !used.contains($0) }
             if let free { state.reserved.insert(free) }
             return free
         }

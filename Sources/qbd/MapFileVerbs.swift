@@ -54,7 +54,8 @@ struct MapAll: VerbCommand {
         discussion: """
             Prints a line for each, in the order of the file: the volume, and its device or URI. What is mapped already \
             is a success. One that fails does not stop the rest: it is named with file and line, and the first one's \
-            error is the exit status. Eight are mapped at a time.
+            error is the exit status. Eight are mapped at a time; their numbers are in the order of the file all the \
+            same.
             """)
 
     @OptionGroup var file: MapFileOption
@@ -67,14 +68,14 @@ struct MapAll: VerbCommand {
         let file = try file.load()
         let mapper = Mapper(client: common.client)
         let config = try ConfigOption.standardPath(for: .map)
-        let mapped = Set(try await mapper.ask(ListRequest(), for: .map).mappings.map(\.volume))
+        let numbers = Numbers(of: file, try await mapper.ask(ListRequest(), for: .map).mappings)
         var report = MapReport(path: file.path, common: common)
         try await withThrowingTaskGroup(of: (Int, MapReport.Result).self) { group in
             var rest = file.lines.enumerated().makeIterator()
             func startNext() {
                 guard let (index, line) = rest.next() else { return }
                 group.addTask {
-                    (index, await Self.map(line.content, mapper, config, mapped))
+                    (index, await Self.map(line.content, mapper, config, numbers))
                 }
             }
             for _ in 0..<Self.width { startNext() }
@@ -95,16 +96,37 @@ struct MapAll: VerbCommand {
     }
 
     private static func map(
-        _ line: Result<MapEntry, ConfigurationError>, _ mapper: Mapper, _ config: String, _ mapped: Set<String>
+        _ line: Result<MapEntry, ConfigurationError>, _ mapper: Mapper, _ config: String, _ numbers: Numbers
     ) async -> MapReport.Result {
         switch line {
         case .failure(let fault): return .fault(fault)
         case .success(let entry):
             do throws(Failure) {
-                return .done(try await mapper.map(entry, config: config, mapped: mapped.contains("\(entry.name)")))
+                let name = "\(entry.name)"
+                return .done(
+                    try await mapper.map(
+                        entry, config: config, mapped: numbers.mapped.contains(name),
+                        deviceID: numbers.wanted[name]))
             } catch {
                 return .failed(error)
             }
+        }
+    }
+}
+
+/// What the volumes of a list are to be numbered, so that it does not depend on which of them is ready first.
+private struct Numbers: Sendable {
+    /// What has its number already.
+    let mapped: Set<String>
+    /// Free ones, ascending in the order of the file.
+    private(set) var wanted: [String: UInt32] = [:]
+
+    init(of file: MapFile, _ mappings: [MappingRecord]) {
+        mapped = Set(mappings.map(\.volume))
+        let used = Set(mappings.map(\.deviceID))
+        var free = (UInt32(0)...).lazy.filter { !used.contains($0) }.makeIterator()
+        for case .success(let entry) in file.lines.map(\.content) where !mapped.contains("\(entry.name)") {
+            wanted["\(entry.name)"] = free.next()
         }
     }
 }

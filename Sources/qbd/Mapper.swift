@@ -18,11 +18,14 @@ struct Mapper: Sendable {
     /// - Parameters:
     ///   - config: for an entry that names none.
     ///   - mapped: whether it is mapped; nil when that is not known yet.
-    func map(_ entry: MapEntry, config: String, mapped: Bool? = nil) async throws(Failure) -> Outcome {
+    ///   - deviceID: the number it gets if that is free.
+    func map(
+        _ entry: MapEntry, config: String, mapped: Bool? = nil, deviceID: UInt32? = nil
+    ) async throws(Failure) -> Outcome {
         let hook = Hook(for: entry, socket: client.path)
         let request = MapRequest(
             volume: entry.fullName, config: entry.config ?? config, readOnly: entry.readOnly, export: entry.export,
-            device: entry.device, limits: ThrottleArgument(entry))
+            device: entry.device, limits: ThrottleArgument(entry), deviceID: deviceID)
         var wasMapped = mapped ?? false
         if hook != nil, mapped == nil { wasMapped = try await find(entry, for: .map) != nil }
         let mapping = try await ask(request)

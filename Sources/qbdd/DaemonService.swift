@@ -23,7 +23,8 @@ struct DaemonService: ControlService {
                     pool, volume: name.inPool,
                     options: MapOptions(
                         target: request.export ? .export : .device(wanted: request.device),
-                        readOnly: request.readOnly || name.snapshot != nil, configPath: config, limits: limits)))
+                        readOnly: request.readOnly || name.snapshot != nil, configPath: config, limits: limits,
+                        deviceID: request.deviceID)))
         } catch {
             throw failed("map", name, error)
         }

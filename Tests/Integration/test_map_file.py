@@ -174,6 +174,32 @@ def test_eight_are_mapped_at_the_same_time(daemon):
     assert results[0].succeeded().out.count("\n") == 9
 
 
+def test_numbers_are_in_the_order_of_the_file(daemon):
+    """Whichever is ready first, and around those that are mapped; what fails leaves its number to the next time."""
+    names = [f"disk/v{index}" for index in (7, 3, 9, 0, 5, 1, 8, 2, 6, 4)] + [f"ram/w{index}" for index in range(14)]
+    for volume in names[:5] + names[6:]:
+        daemon.create(volume, MiB)
+    for volume in ("disk/first", "disk/gone", "disk/third"):
+        daemon.volume(volume, MiB)
+    daemon.qbd("unmap", "disk/gone").succeeded()
+    daemon.map(names[2])
+    daemon.file.write_text("".join(f"{volume} export=1\n" for volume in names))
+    free = iter([number for number in range(100) if number not in (0, 1, 2)])
+    # names[2] took the 1 that was free.
+    expected = {volume: next(free) for volume in names if volume != names[2]}
+    missing = expected.pop(names[5])
+    for _ in range(5):
+        assert daemon.qbd("map-all", "-f", daemon.file).status == 2
+        ids = {one["volume"]: one["dev_id"] for one in daemon.json("list")}
+        assert {volume: ids[volume] for volume in expected} == expected
+        for volume in expected:
+            daemon.qbd("unmap", volume).succeeded()
+    daemon.qbd("map-all", "-f", daemon.file)
+    daemon.create(names[5], MiB)
+    daemon.qbd("map-all", "-f", daemon.file).succeeded()
+    assert daemon.json("info", names[5])["dev_id"] == missing
+
+
 def test_a_hundred_volumes(daemon, pool):
     """97 are mapped, 3 are named with their lines, and it does not take long."""
     lines = [f"{pool}/v{index} export=1" for index in range(100)]
