@@ -34,6 +34,9 @@ package final class EventLoop: @unchecked Sendable {
     private var hasRelief = false
     /// Of `now`: until then nothing is done on this thread that may block.
     private var blockingResumes: UInt64 = 0
+    /// How often this thread had waited for something before the first call of the turn that may block, and the turn.
+    private var waitsBefore = 0
+    private var waitsTurn = UInt64.max
     private var running = true
     private var again = false
     private var restWanted = false
@@ -220,7 +223,13 @@ package final class EventLoop: @unchecked Sendable {
     /// Call right before what may block, and only at the end of a turn.
     /// - Returns: for `leaveBlocking`.
     @inline(__always)
-    package func enterBlocking() -> UInt64 { relief.enter() }
+    package func enterBlocking() -> UInt64 {
+        if waitsTurn != turnEnd {
+            waitsTurn = turnEnd
+            waitsBefore = qbd_thread_waits()
+        }
+        return relief.enter()
+    }
 
     /// Call right behind it.
     /// - Returns: false when it took so long that another thread is the loop's by now: touch nothing that belongs to the
@@ -230,7 +239,10 @@ package final class EventLoop: @unchecked Sendable {
         guard relief.leave(call) else { return false }
         let before = now
         updateNow()
-        if now &- before > Self.slowCall { blockingResumes = now &+ Self.afterSlowCall }
+        // One that was long for want of a processor has not waited.
+        if now &- before > Self.slowCall, qbd_thread_waits() != waitsBefore {
+            blockingResumes = now &+ Self.afterSlowCall
+        }
         return true
     }
 
@@ -243,7 +255,9 @@ package final class EventLoop: @unchecked Sendable {
         qbd_set_timer_slack(1)
         var leads = leading
         while leads || relief.standBy() {
+            relief.lead()
             if !leads {
+                waitsTurn = .max
                 updateNow()
                 blockingResumes = now &+ Self.afterRelief
                 // The other one's turn ended in its middle.

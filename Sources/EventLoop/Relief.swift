@@ -1,3 +1,4 @@
+import CLinux
 import Glibc
 import Synchronization
 
@@ -18,8 +19,13 @@ final class Relief: Sendable {
     private let sleeps = Atomic<Bool>(false)
     private let stopped = Atomic<Bool>(false)
     private let bell = Semaphore()
+    /// The thread id of who leads.
+    private let leader = Atomic<pid_t>(0)
 
     // MARK: On the leading thread
+
+    /// Call first, when this thread begins to lead.
+    func lead() { leader.store(qbd_gettid(), ordering: .releasing) }
 
     /// Changes when another thread takes over.
     @inline(__always)
@@ -85,9 +91,24 @@ final class Relief: Sendable {
                 continue
             }
             looks += 1
-            if current & 1 == 1, takeOver(current) { return true }
+            if current & 1 == 1, !isRunning, takeOver(current) { return true }
         }
         return false
+    }
+
+    /// Whether the leader does not wait for anything but a processor: it will be back without help.
+    private var isRunning: Bool {
+        let file = open("/proc/self/task/\(leader.load(ordering: .acquiring))/stat", O_RDONLY | O_CLOEXEC)
+        guard file >= 0 else { return false }
+        defer { close(file) }
+        return withUnsafeTemporaryAllocation(of: UInt8.self, capacity: 128) { text in
+            let count = read(file, text.baseAddress, text.count)
+            // "17 (name) S": the name may have anything in it.
+            guard count > 0, let end = text[..<count].lastIndex(of: UInt8(ascii: ")")), end + 2 < count else {
+                return false
+            }
+            return text[end + 2] == UInt8(ascii: "R")
+        }
     }
 
     private func takeOver(_ inside: UInt64) -> Bool {

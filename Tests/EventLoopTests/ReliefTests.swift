@@ -14,7 +14,13 @@ private final class Blocker: TurnObserver, @unchecked Sendable {
     private var isWanted = false
     private var turns = 0
 
-    init() throws { loop = try EventLoop(name: "test") }
+    /// Nanoseconds of computing instead of waiting.
+    private let spinning: UInt64
+
+    init(spinning: UInt64 = 0) throws {
+        self.spinning = spinning
+        loop = try EventLoop(name: "test")
+    }
 
     func start() async -> Bool {
         await loop.call { [self] in
@@ -37,12 +43,17 @@ private final class Blocker: TurnObserver, @unchecked Sendable {
         let before = turns
         let call = loop.enterBlocking()
         entered.signal()
-        release.wait()
+        if spinning > 0 { spin() } else { release.wait() }
         let stayed = loop.leaveBlocking(call)
         // Nothing else ran meanwhile.
         if stayed { #expect(turns == before) }
         kept.withLock { $0.append(stayed) }
         left.signal()
+    }
+
+    private func spin() {
+        let end = monotonicNanoseconds() + spinning
+        while monotonicNanoseconds() < end {}
     }
 
     func waitUntilItMayBlock() async {
@@ -91,6 +102,20 @@ private final class Blocker: TurnObserver, @unchecked Sendable {
         }
         // All of them, unless the machine itself stood still.
         #expect(stayed >= 150)
+        await blocker.stop()
+    }
+
+    @Test func whoIsBusyStays() async throws {
+        let blocker = try Blocker(spinning: 50_000_000)
+        #expect(await blocker.start())
+        for _ in 0..<3 {
+            await blocker.waitUntilItMayBlock()
+            blocker.block()
+            blocker.left.wait()
+            // It was long, and did not wait: the next one may come at once.
+            #expect(await blocker.loop.call { blocker.loop.mayBlock } == true)
+        }
+        #expect(blocker.kept.withLock { $0 } == [true, true, true])
         await blocker.stop()
     }
 

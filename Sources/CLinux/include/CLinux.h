@@ -102,6 +102,9 @@ static inline int qbd_blkroset(int fd, int read_only) { return ioctl(fd, BLKROSE
 
 // prctl(2) is variadic.
 static inline int qbd_set_io_flusher(void) { return prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0); }
+// How often the calling thread has waited for something; being preempted does not count.
+long qbd_thread_waits(void);
+static inline pid_t qbd_gettid(void) { return gettid(); }
 static inline int qbd_set_timer_slack(unsigned long nanoseconds) { return prctl(PR_SET_TIMERSLACK, nanoseconds, 0, 0, 0); }
 
 // major(3), minor(3) and makedev(3) are function-like macros.
