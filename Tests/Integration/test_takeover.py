@@ -130,7 +130,7 @@ def test_a_volume_whose_disk_is_slow_to_synchronize_holds_up_no_other(daemon):
     daemon.qbd("snapshot", "create", "disk/a@one").succeeded()
     run(["qemu-io", "-f", "raw", "-c", "write -P 7 0 8M", uri]).succeeded()
     tracer = subprocess.Popen(
-        ["strace", "-f", "-p", str(daemon.pid), "-e", "trace=fdatasync", "-e", "inject=fdatasync:delay_enter=4000000",
+        ["strace", "-f", "-p", str(daemon.pid), "-e", "trace=fdatasync", "-e", "inject=fdatasync:delay_enter=2000000",
          "-o", "/dev/null"],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
