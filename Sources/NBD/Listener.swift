@@ -205,6 +205,8 @@ final class HandshakeConnection: EventSource {
 
     /// Handles what has arrived and sends what there is to say, until one of both has to wait.
     func proceed() {
+        // What was held up by unsent output is handled when that is out: the client may have said all it has to say.
+        guard send() else { return }
         while token != nil {
             let before = input.count
             if outcome == nil {

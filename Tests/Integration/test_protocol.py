@@ -6,9 +6,11 @@ is being abused. After each test the daemon must be alive and both bystanders mu
 
 import contextlib
 import errno
+import fcntl
 import random
 import socket
 import struct
+import termios
 import time
 
 import nbd
@@ -291,6 +293,33 @@ def test_hundred_options_in_a_row(server):
             assert session.option_replies(77)[-1].type == REP_ERR_UNSUP
         session.assert_silent()
         assert_negotiates(session)
+
+
+def test_options_in_one_piece_that_have_long_answers(new_daemon):
+    """The client reads nothing until the server has to wait for it; then all is answered."""
+    daemon = new_daemon().start()
+    names = sorted(f"ram/{letter * 128}" for letter in "abcd")
+    for name in names:
+        daemon.volume(name, "1M")
+    count = 1000
+    with Session(daemon.nbd_socket) as session:
+        session.receive(18)
+        session.send(
+            struct.pack(">I", FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES),
+            struct.pack(">QII", IHAVEOPT, OPT_LIST, 0) * count,
+        )
+        seen = []
+
+        def is_stuck():
+            waiting = struct.unpack("i", fcntl.ioctl(session.socket, termios.FIONREAD, bytes(4)))[0]
+            seen.append(waiting)
+            return waiting > 64 << 10 and len(seen) > 50 and len(set(seen[-50:])) == 1
+
+        wait_for(is_stuck, "the server has no room for more answers")
+        for _ in range(count):
+            replies = session.option_replies(OPT_LIST)
+            assert sorted(reply.data[4:].decode() for reply in replies[:-1]) == names
+        session.assert_silent()
 
 
 def test_handshake_in_one_piece(server):
