@@ -6,6 +6,8 @@ import Glibc
 package struct Directory: ~Copyable {
     /// What `lock` locks.
     package static let lockFile = "~lock"
+    /// Bytes of the largest file that is written or read as a whole.
+    package static let maximumFile = 1 << 20
 
     package let path: String
     let descriptor: Int32
@@ -73,8 +75,10 @@ package struct Directory: ~Copyable {
         return lock
     }
 
-    /// Writes a whole small file durably under a new name; the caller renames it.
+    /// Writes a whole small file durably under a new name; the caller renames it. EFBIG when it is larger than
+    /// `maximumFile`.
     package func write(_ text: String, to file: String) throws(BackendError) {
+        guard text.utf8.count <= Self.maximumFile else { throw tooLarge(file, "would have \(text.utf8.count) bytes") }
         let output = try open(file, O_WRONLY | O_CREAT | O_TRUNC)
         defer { Glibc.close(output) }
         var bytes = Array(text.utf8)[...]
@@ -87,15 +91,26 @@ package struct Directory: ~Copyable {
         try Self.call("synchronize \(path)/\(file)") { fsync(output) }
     }
 
-    /// The contents of a file of at most 64 KiB.
+    /// The contents of a file. EFBIG when it is larger than `maximumFile`.
     package func read(_ file: String) throws(BackendError) -> [UInt8] {
         let input = try open(file, O_RDONLY)
         defer { Glibc.close(input) }
-        var bytes = [UInt8](repeating: 0, count: 64 << 10)
-        let count = try Self.call("read \(path)/\(file)") {
-            Int32(bytes.withUnsafeMutableBytes { Glibc.read(input, $0.baseAddress, $0.count) })
+        var bytes: [UInt8] = []
+        var piece = [UInt8](repeating: 0, count: 16 << 10)
+        while true {
+            let count = try Self.call("read \(path)/\(file)") {
+                Int32(piece.withUnsafeMutableBytes { Glibc.read(input, $0.baseAddress, $0.count) })
+            }
+            if count == 0 { return bytes }
+            bytes += piece.prefix(Int(count))
+            guard bytes.count <= Self.maximumFile else {
+                throw tooLarge(file, "is larger than what was ever written there")
+            }
         }
-        return Array(bytes.prefix(Int(count)))
+    }
+
+    private func tooLarge(_ file: String, _ what: String) -> BackendError {
+        BackendError(code: EFBIG, message: "\(path)/\(file) \(what); it has at most \(Self.maximumFile) bytes")
     }
 
     /// File names, sorted as byte strings.

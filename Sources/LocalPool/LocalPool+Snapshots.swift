@@ -158,6 +158,7 @@ extension LocalPool: SnapshotPool {
         }
         if case .layered(let volume) = opened { try checkDepth(directory, on: volume.head.id, record.volume) }
         let id = try snapshot == nil ? 0 : unusedID(directory)
+        if let snapshot { try checkRoom(in: description, for: snapshot) }
         return try changing(directory) { (directory) throws(BackendError) in
             let frozen = try frozenLayer(directory, opened)
             do throws(BackendError) {
@@ -265,6 +266,17 @@ extension LocalPool: SnapshotPool {
             code: EMLINK,
             message: "\(name)/\(volume) has \(Layer.maximumDepth) layers below it already; delete some of its snapshots"
         )
+    }
+
+    /// A description that could not be read again would cost the volume.
+    private func checkRoom(in description: VolumeDescription, for snapshot: String) throws(BackendError) {
+        // What else stands in a snapshot's line takes less.
+        guard description.encode().utf8.count + snapshot.utf8.count + 128 > Directory.maximumFile else { return }
+        throw BackendError(
+            code: EMLINK,
+            message:
+                "\(name)/\(description.record.volume) has \(description.snapshots.count) snapshots, and its description"
+                + " has room for no other; delete some of them")
     }
 
     private func damaged(_ description: VolumeDescription, _ what: String) -> BackendError {

@@ -31,6 +31,13 @@ final class TemporaryDirectory {
         fputs(text, file)
         fclose(file)
     }
+    func read(_ name: String) throws -> [UInt8] {
+        let file = try #require(fopen("\(path)/\(name)", "r"))
+        defer { fclose(file) }
+        var bytes = [UInt8](repeating: 0, count: size(name))
+        #expect(fread(&bytes, 1, bytes.count, file) == bytes.count)
+        return bytes
+    }
     func size(_ name: String) -> Int {
         var status = stat()
         return stat("\(path)/\(name)", &status) == 0 ? Int(status.st_size) : -1

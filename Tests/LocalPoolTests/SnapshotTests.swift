@@ -87,6 +87,61 @@ private func code(_ body: () throws(BackendError) -> Void) -> Int32 {
         #expect(try pool.list() == [clone])
     }
 
+    /// Gives the state of a snapshot more names, as many as fit a description of so many bytes.
+    private func describe(bytes: Int) throws {
+        var text = String(decoding: try directory.read("disk.volume"), as: UTF8.self)
+        let line = try #require(text.split(separator: "\n").first { $0.hasPrefix("snapshot = s ") })
+        var number = 100_000
+        while true {
+            let name = String(repeating: "x", count: 122) + String(number)
+            let another = line.replacing(" s ", with: " \(name) ") + "\n"
+            guard text.utf8.count + another.utf8.count <= bytes else { break }
+            text += another
+            number += 1
+        }
+        directory.write("disk.volume", text)
+    }
+
+    @Test func aLongDescriptionIsReadToItsEnd() throws {
+        _ = try pool.createSnapshot(volume: "disk", snapshot: "s")
+        try describe(bytes: 200 << 10)
+        let names = try pool.snapshots(volume: "disk").map(\.name)
+        #expect(names.count > 900)
+        _ = try pool.createSnapshot(volume: "disk", snapshot: "t")
+        #expect(try pool.snapshots(volume: "disk").map(\.name) == names + ["t"])
+    }
+
+    @Test func aDescriptionThatIsFullTakesNoOtherSnapshot() throws {
+        _ = try pool.createSnapshot(volume: "disk", snapshot: "s")
+        try describe(bytes: 1 << 20)
+        let (files, size) = (directory.names, directory.size("disk.volume"))
+        do {
+            _ = try pool.createSnapshot(volume: "disk", snapshot: String(repeating: "t", count: 128))
+            Issue.record("made")
+        } catch {
+            #expect(error.code == EMLINK)
+            #expect(error.message.contains("snapshots"))
+        }
+        #expect(directory.names == files)
+        #expect(directory.size("disk.volume") == size)
+        try pool.open(volume: "disk", readOnly: false).close()
+    }
+
+    @Test func aDescriptionThatIsTooLongIsRefusedAsAWhole() throws {
+        _ = try pool.createSnapshot(volume: "disk", snapshot: "s")
+        try describe(bytes: 2 << 20)
+        directory.write("~layers", "")
+        let files = directory.names
+        do {
+            _ = try pool.open(volume: "disk", readOnly: false)
+            Issue.record("opened")
+        } catch {
+            #expect(error.code == EFBIG)
+            #expect(error.message.contains("disk.volume"))
+        }
+        #expect(directory.names == files)
+    }
+
     @Test func aForeignFileInTheWayIsKept() throws {
         _ = try pool.createSnapshot(volume: "disk", snapshot: "s")
         directory.write("disk.raw", "precious")
