@@ -40,6 +40,10 @@ struct Layer: Equatable {
         return String(repeating: "0", count: 16 - digits.count) + digits
     }
 
+    /// Bytes of the largest volume: up to a whole cluster it is still the offset of a file.
+    static let maximumSize = UInt64(Int64.max) / cluster * cluster
+
+    /// - Parameter size: at most `maximumSize`.
     static func clusters(_ size: UInt64) -> Int { Int((size + cluster - 1) / cluster) }
 
     /// `size`, up to a whole cluster: data files have no part of one, so that none is read beyond their end.

@@ -171,6 +171,11 @@ extension LocalPool {
             }
             let length = try files[2].length()
             let clusters = length > Layer.headerSize ? Int(length - Layer.headerSize) : 0
+            guard clusters <= Layer.clusters(Layer.maximumSize) else {
+                throw BackendError(
+                    code: EIO, message: "\(files[2].path) is damaged: it has \(length) bytes, and no volume is so large"
+                )
+            }
             let hasMap = lower.parent != nil
             if !hasMap { Glibc.close(descriptors[3]) }
             return Pair(

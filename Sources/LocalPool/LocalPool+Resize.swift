@@ -64,6 +64,9 @@ extension LocalPool {
         var description = try describe(directory, opened.record.volume)
         guard let size = wanted else { return description.record }
         try description.record.checkGrowth(to: size, pool: name)
+        try checkSize(size, opened.record.volume)
+        // Who opens it next needs room for a map of so many clusters.
+        _ = try ChainMap(clusters: Layer.clusters(size), head: 0)
         description.record = description.record.resized(to: size)
         try opened.headFile.extend(to: Layer.padded(size))
         try opened.headFile.synchronize()
@@ -87,6 +90,7 @@ extension LocalPool {
         let size = wanted ?? max(record.size, length - length % UInt64(record.blockSize))
         if wanted == nil, size == record.size { return record }
         try record.checkGrowth(to: size, pool: name)
+        try checkSize(size, volume)
         let grown = record.resized(to: size)
         let file = "\(path)/\(Self.data(volume))"
         do throws(SystemError) {

@@ -33,6 +33,7 @@ package final class LocalPool: VolumePool {
         defer { Glibc.close(lock) }
         try recover(directory)
         try checkFree(directory, volume)
+        try checkSize(size, volume)
         let record = VolumeRecord(
             id: try unusedID(directory), volume: volume, size: size, blockSize: blockSize, created: Int64(time(nil)))
         let freshData = Self.ours + Self.data(volume) + Self.fresh
@@ -62,6 +63,16 @@ package final class LocalPool: VolumePool {
                 code: EEXIST,
                 message: "\(path)/\(Self.data(volume)) is in the way and belongs to no volume; move it away")
         }
+    }
+
+    /// EFBIG when no volume is so large.
+    func checkSize(_ size: UInt64, _ volume: String) throws(BackendError) {
+        guard size > Layer.maximumSize else { return }
+        throw BackendError(
+            code: EFBIG,
+            message:
+                "\(name)/\(volume) cannot have \(size) bytes; a volume of a local pool has at most \(Layer.maximumSize)"
+        )
     }
 
     private func makeSparse(_ directory: borrowing Directory, _ file: String, size: UInt64) throws(BackendError) {

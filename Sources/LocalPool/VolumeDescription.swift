@@ -58,7 +58,7 @@ package struct VolumeDescription: Sendable, Equatable {
         }
         let blockSize = try lines.number("block_size")
         let size = try lines.number("size")
-        guard blockSize == 512 || blockSize == 4096, size > 0, size % blockSize == 0, size <= UInt64(Int64.max) else {
+        guard blockSize == 512 || blockSize == 4096, size > 0, size % blockSize == 0, size <= Layer.maximumSize else {
             throw lines.damaged("size \(size) and block_size \(blockSize) do not fit")
         }
         var description = VolumeDescription(
@@ -70,7 +70,7 @@ package struct VolumeDescription: Sendable, Equatable {
         for value in lines.values("snapshot") {
             let fields = value.split(separator: " ")
             guard fields.count == 5, let id = parsed(fields[1]), let layer = parsed(fields[2]),
-                let size = parsed(fields[3]), let created = parsed(fields[4])
+                let size = parsed(fields[3]), size <= Layer.maximumSize, let created = parsed(fields[4])
             else { throw lines.damaged("'\(value.prefix(64))' is no snapshot") }
             description.snapshots.append(
                 LocalSnapshot(

@@ -137,6 +137,30 @@ private func code(_ body: () throws(BackendError) -> Void) -> Int32 {
         #expect(directory.size("disk.raw") == 8192)
     }
 
+    /// What does not fit an offset of a file up to a whole cluster.
+    @Test(arguments: [UInt64(Int64.max) - 511, UInt64(Int64.max) - 65535 + 512]) func noVolumeIsLargerThanItsFiles(
+        size: UInt64
+    )
+        throws
+    {
+        #expect(
+            code { () throws(BackendError) in _ = try pool.create(volume: "large", size: size, blockSize: 512) }
+                == EFBIG)
+        let record = try pool.create(volume: "disk", size: 4096, blockSize: 512)
+        #expect(code { () throws(BackendError) in _ = try pool.grow(volume: "disk", to: size) } == EFBIG)
+        _ = try pool.createSnapshot(volume: "disk", snapshot: "s")
+        #expect(code { () throws(BackendError) in _ = try pool.grow(volume: "disk", to: size) } == EFBIG)
+        #expect(try pool.list() == [record])
+        let text = try String(decoding: directory.read("disk.volume"), as: UTF8.self)
+        for damaged in [
+            text.replacing(" 4096 ", with: " \(size) "), text.replacing("size = 4096", with: "size = \(size)"),
+        ] {
+            #expect(damaged != text)
+            directory.write("disk.volume", damaged)
+            #expect(code { () throws(BackendError) in _ = try pool.open(volume: "disk", readOnly: false) } == EIO)
+        }
+    }
+
     @Test func anOpenVolumeIsGrownByWhoHasItOpen() throws {
         _ = try pool.create(volume: "disk", size: 4096, blockSize: 512)
         let open = try pool.open(volume: "disk", readOnly: false)
