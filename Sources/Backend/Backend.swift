@@ -20,7 +20,8 @@ package struct IO {
     package var fast: Bool
     /// Set with `buffer`, which goes back to the pool when the reply is out.
     package var ownsBuffer: Bool
-    /// Positive errno, 0 is success. Set by the backend before completion.
+    /// Positive errno, 0 is success. Set by the backend before completion. EIO of a flush: what was acknowledged may be
+    /// lost.
     package var status: Int32
     package var length: UInt32
     package var offset: UInt64

@@ -16,7 +16,7 @@ struct FileOperation {
 
     var kind: Kind
     var descriptor: Int32
-    /// RWF flags of a write; FALLOC_FL mode of an allocation; most extents of a query.
+    /// FALLOC_FL mode of an allocation; most extents of a query.
     var flags: Int32
     var base: UnsafeMutableRawPointer?
     var length: Int
@@ -59,9 +59,6 @@ package final class FileRing: EventSource, TurnObserver {
         self.loop = loop
         self.completion = completion
         operations = Slab(capacity: capacity)
-        ring = useRing ? Self.makeRing() : nil
-        workers = try FileWorkers(loop: loop, count: ring == nil ? 4 : 1)
-        workers.owner = self
         try loop.prepareToBlock()
         if let ring {
             ringToken = try loop.add(ring.pointee.ring_fd, events: EPOLLIN.rawValue, source: self)
@@ -104,17 +101,23 @@ package final class FileRing: EventSource, TurnObserver {
     }
 
     /// Writes all of `length` bytes.
-    /// - Parameter durable: completes when the data is on stable storage (RWF_DSYNC).
     package func write(
-        _ descriptor: Int32, from base: UnsafeMutableRawPointer, length: Int, offset: UInt64, durable: Bool,
+        _ descriptor: Int32, from base: UnsafeMutableRawPointer, length: Int, offset: UInt64,
         context: UnsafeMutableRawPointer
     ) -> Bool {
-        start(.write, descriptor, flags: durable ? Int32(RWF_DSYNC) : 0, base, length, offset, context)
+        start(.write, descriptor, flags: 0, base, length, offset, context)
     }
 
-    /// fdatasync(2).
-    package func synchronize(_ descriptor: Int32, context: UnsafeMutableRawPointer) -> Bool {
-        start(.synchronize, descriptor, flags: 0, nil, 0, 0, context)
+    /// fdatasync(2). The kernel reports a lost write once to each open file, to whichever of its synchronisations comes
+    /// first: have one at a time under way.
+    /// - Parameter range: what has to be on stable storage, bytes; the rest may be, too. Nil for all of the file.
+    package func synchronize(_ descriptor: Int32, range: Range<UInt64>? = nil, context: UnsafeMutableRawPointer) -> Bool
+    {
+        guard let range, range.upperBound - range.lowerBound <= UInt64(Int32.max) else {
+            return start(.synchronize, descriptor, flags: 0, nil, 0, 0, context)
+        }
+        let length = Int(range.upperBound - range.lowerBound)
+        return start(.synchronize, descriptor, flags: 0, nil, length, range.lowerBound, context)
     }
 
     /// fallocate(2).
@@ -147,14 +150,14 @@ package final class FileRing: EventSource, TurnObserver {
         return true
     }
 
-    /// Reads and durability go to the ring. Buffered writes would be handed to a kernel thread each: ext4 has no buffered
-    /// write that does not wait, though it seldom does.
+    /// Reads and durability go to the ring. Writes would be handed to a kernel thread each: ext4 has no buffered write
+    /// that does not wait, though it seldom does.
     @inline(__always)
     private func route(_ operation: UnsafeMutablePointer<FileOperation>) {
-        let isBuffered = operation.pointee.kind == .write && operation.pointee.flags == 0
-        if isBuffered, operation.pointee.length <= Self.ownBytes, loop.mayBlock {
+        let isWrite = operation.pointee.kind == .write
+        if isWrite, operation.pointee.length <= Self.ownBytes, loop.mayBlock {
             own.append(operation)
-        } else if let ring, !isBuffered, operation.pointee.kind != .query {
+        } else if let ring, !isWrite, operation.pointee.kind != .query {
             enqueue(operation, on: ring)
         } else {
             workers.add(operation)
@@ -172,13 +175,14 @@ package final class FileRing: EventSource, TurnObserver {
         switch op.kind {
         case .read:
             io_uring_prep_read(entry, op.descriptor, op.base, UInt32(op.length), op.offset)
-        case .write:
-            io_uring_prep_write(entry, op.descriptor, op.base, UInt32(op.length), op.offset)
-            entry.pointee.rw_flags = op.flags
         case .synchronize:
             io_uring_prep_fsync(entry, op.descriptor, UInt32(IORING_FSYNC_DATASYNC))
-        case .allocate, .query:
+            // A length of 0 is all of the file.
+            entry.pointee.off = op.offset
+            entry.pointee.len = UInt32(op.length)
+        case .allocate:
             io_uring_prep_fallocate(entry, op.descriptor, op.flags, off_t(op.offset), off_t(op.length))
+        case .write, .query: preconditionFailure("not for the ring")
         }
         io_uring_sqe_set_data(entry, operation)
         unsubmitted &+= 1

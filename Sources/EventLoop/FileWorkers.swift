@@ -180,9 +180,7 @@ final class FileWorkers: EventSource {
             let result: Int
             switch op.kind {
             case .read: result = pread(op.descriptor, op.base, op.length, off_t(op.offset))
-            case .write:
-                var vector = iovec(iov_base: op.base, iov_len: op.length)
-                result = pwritev2(op.descriptor, &vector, 1, off_t(op.offset), op.flags)
+            case .write: result = pwrite(op.descriptor, op.base, op.length, off_t(op.offset))
             case .synchronize: result = Int(fdatasync(op.descriptor))
             case .allocate: result = Int(fallocate(op.descriptor, op.flags, off_t(op.offset), off_t(op.length)))
             case .query:

@@ -10,9 +10,11 @@ struct FlushState {
     /// The map file was written to and not synchronised.
     var mapIsBehind = false
     var isRunning = false
+    /// The round goes on with the map file.
+    var marks = false
     /// Answered when the round that runs is over, and those for the next one.
     var current = IOQueue()
-    var next = IOQueue()
+    var next = FlushQueue()
     /// Runs being marked, and where to look for more.
     var marking = 0
     var position = 0
@@ -22,46 +24,42 @@ struct FlushState {
 // The map file must not say that the head has a cluster before the data is there to stay: what was flushed long ago would
 // be replaced by what a power cut left of a newer write. So a flush is a round: synchronise the data, then mark the
 // clusters whose data that was, then synchronise the map file. Flushes that come meanwhile share the next round. Where
-// nothing is fresh, which is the usual case, it is one fdatasync.
+// nothing is fresh, which is the usual case, and for writes to what the map file has already, it is one fdatasync.
 extension LayeredVolume {
-    /// The most writes to the map file at a time.
-    private static let markedAtOnce = 64
-
     /// A flush, or the rest of what is to be durable.
-    func synchronize(_ io: UnsafeMutablePointer<IO>) {
+    /// - Parameter all: whether that is more than the data of a write.
+    func synchronize(_ io: UnsafeMutablePointer<IO>, all: Bool = true) {
         guard flush.error == 0 else { return finish(io, flush.error) }
-        guard let ring else { return finish(io, EIO) }
-        io.pointee.operation = .flush
-        if !flush.isRunning, map.fresh == 0, !flush.mapIsBehind {
-            if !ring.synchronize(head, context: UnsafeMutableRawPointer(io)) { finish(io, EAGAIN) }
-            return
-        }
-        flush.next.append(io)
+        flush.next.append(io, all: all)
         if !flush.isRunning { startRound() }
     }
 
     private func startRound() {
         guard let ring else { return }
         flush.isRunning = true
-        flush.current = flush.next
-        flush.next = IOQueue()
+        let range = flush.next.range
+        flush.current = flush.next.takeAll()
         flush.failure = 0
         flush.position = 0
-        _ = map.settleFresh()
-        flush.mapIsBehind = false
-        if !ring.synchronize(head, context: dataSynchronized) { endRound(EAGAIN) }
+        flush.marks = false
+        if range == nil {
+            let anyFresh = map.settleFresh()
+            flush.marks = anyFresh || flush.mapIsBehind
+            flush.mapIsBehind = false
+        }
+        if !ring.synchronize(head, range: range, context: dataSynchronized) { failRound(EAGAIN) }
     }
 
     func flushStepCompleted(_ context: UnsafeMutableRawPointer, _ code: Int32) {
         if context == dataSynchronized {
-            guard code == 0 else { return failRound(code) }
-            markMore()
+            guard code == 0 else { return failRound(code, isFinal: true) }
+            if flush.marks { markMore() } else { endRound(0) }
         } else if context == runMarked {
             flush.marking -= 1
             if code != 0 { flush.failure = code }
             markMore()
         } else {
-            guard code == 0 else { return failRound(code) }
+            guard code == 0 else { return failRound(code, isFinal: true) }
             map.markSettled()
             endRound(0)
         }
@@ -75,7 +73,7 @@ extension LayeredVolume {
             guard
                 ring.write(
                     mapFile.descriptor, from: UnsafeMutableRawPointer(mutating: Ones.bytes), length: run.count,
-                    offset: Layer.headerSize + UInt64(run.lowerBound), durable: false, context: runMarked)
+                    offset: Layer.headerSize + UInt64(run.lowerBound), context: runMarked)
             else {
                 flush.failure = EAGAIN
                 break
@@ -88,25 +86,27 @@ extension LayeredVolume {
         if !ring.synchronize(mapFile.descriptor, context: mapSynchronized) { failRound(EAGAIN) }
     }
 
-    private func failRound(_ code: Int32) {
-        map.unsettle()
-        flush.mapIsBehind = true
-        flush.error = code
-        endRound(code)
+    /// - Parameter isFinal: something could not be synchronised; otherwise the next round begins where this one did.
+    private func failRound(_ code: Int32, isFinal: Bool = false) {
+        if flush.marks {
+            map.unsettle()
+            flush.mapIsBehind = true
+        }
+        // Whatever the reason was, it does not help to remove it.
+        if isFinal { flush.error = EIO }
+        endRound(isFinal ? EIO : code)
     }
 
     private func endRound(_ code: Int32) {
         flush.isRunning = false
         var done = flush.current
         flush.current = IOQueue()
-        while let io = done.popFirst() { finish(io, code) }
-        if flush.isRunning || flush.next.isEmpty { return }
         if flush.error != 0 {
-            var rest = flush.next
-            flush.next = IOQueue()
-            while let io = rest.popFirst() { finish(io, flush.error) }
-        } else {
+            var rest = flush.next.takeAll()
+            while let io = rest.popFirst() { done.append(io) }
+        } else if !flush.next.isEmpty {
             startRound()
         }
+        while let io = done.popFirst() { finish(io, code) }
     }
 }

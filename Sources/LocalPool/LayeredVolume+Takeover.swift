@@ -40,19 +40,14 @@ extension LayeredVolume {
         guard let ring else { return finish(io, EIO) }
         let accepted = ring.write(
             head, from: io.pointee.segment.base, length: Int(io.pointee.length), offset: io.pointee.offset,
-            durable: io.pointee.durable, context: UnsafeMutableRawPointer(io))
+            context: UnsafeMutableRawPointer(io))
         if !accepted { finish(io, EAGAIN) }
     }
 
     /// A write to a cluster of the head is done.
     func written(_ io: UnsafeMutablePointer<IO>, _ code: Int32) {
-        if code != 0 {
-            if io.pointee.durable { flush.error = code }
-            return finish(io, code)
-        }
-        // Its data is on stable storage; that it counts may not be.
-        if io.pointee.durable, map.stages[cluster(io)] != ChainMap.Stage.marked { return synchronize(io) }
-        finish(io, 0)
+        guard code == 0, io.pointee.durable else { return finish(io, code) }
+        synchronize(io, all: map.stages[cluster(io)] != ChainMap.Stage.marked)
     }
 
     /// Begins to take the cluster of a write, or of a piece of zeros, into the head.
@@ -72,7 +67,7 @@ extension LayeredVolume {
         var accepted: Bool
         if io.pointee.operation == .write, UInt64(io.pointee.length) == Layer.cluster {
             accepted = ring.write(
-                head, from: io.pointee.segment.base, length: Int(Layer.cluster), offset: start, durable: false,
+                head, from: io.pointee.segment.base, length: Int(Layer.cluster), offset: start,
                 context: context(takeover))
         } else {
             guard let buffer = buffers.allocate(Int(Layer.cluster)) else {
@@ -111,7 +106,7 @@ extension LayeredVolume {
             takeover.pointee.step = .writing
             let accepted = ring.write(
                 head, from: buffer.base, length: Int(Layer.cluster),
-                offset: UInt64(takeover.pointee.first) * Layer.cluster, durable: false, context: context(takeover))
+                offset: UInt64(takeover.pointee.first) * Layer.cluster, context: context(takeover))
             if !accepted { end(takeover, EAGAIN) }
         case .writing:
             if code == 0 { map.take(takeover.pointee.first) }
@@ -213,7 +208,7 @@ extension LayeredVolume {
         let length = takenLength(io)
         io.pointee.segment.count = length
         let accepted = ring.write(
-            head, from: Zeros.bytes, length: length, offset: io.pointee.offset, durable: false,
+            head, from: Zeros.bytes, length: length, offset: io.pointee.offset,
             context: UnsafeMutableRawPointer(io))
         if !accepted { finish(io, EAGAIN) }
     }
@@ -261,7 +256,7 @@ extension LayeredVolume {
         takeover.initialize(to: Takeover(io: io, step: .marking, first: first, count: count))
         let accepted = ring.write(
             mapFile.descriptor, from: UnsafeMutableRawPointer(mutating: Ones.bytes), length: count,
-            offset: Layer.headerSize + UInt64(first), durable: false, context: context(takeover))
+            offset: Layer.headerSize + UInt64(first), context: context(takeover))
         if !accepted { endExclusive(takeover, EAGAIN) }
     }
 

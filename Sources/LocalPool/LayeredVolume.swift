@@ -39,6 +39,9 @@ final class LayeredVolume: Backend, FileCompletion {
     let runMarked = UnsafeMutableRawPointer.allocate(byteCount: 1, alignment: 8)
     let mapSynchronized = UnsafeMutableRawPointer.allocate(byteCount: 1, alignment: 8)
 
+    /// The most writes to the map file at a time.
+    static let markedAtOnce = 64
+
     var canPunch = true
     var canZero = true
 
@@ -188,9 +191,7 @@ final class LayeredVolume: Backend, FileCompletion {
         switch io.pointee.operation {
         case .read, .cache: finish(io, code)
         case .write: written(io, code)
-        case .flush:
-            if code != 0 { flush.error = code }
-            finish(io, code)
+        case .flush: preconditionFailure("a flush has no operation of its own")
         case .extents:
             io.pointee.segment.count = Int(max(result, 0)) * MemoryLayout<Extent>.stride
             // Nothing found means that the file ended early.

@@ -69,10 +69,10 @@ extension LocalPool {
         _ = try ChainMap(clusters: Layer.clusters(size), head: 0)
         description.record = description.record.resized(to: size)
         try opened.headFile.extend(to: Layer.padded(size))
-        try opened.headFile.synchronize()
+        try synchronize(directory, opened.head.dataFile)
         if let mapFile = opened.mapFile {
             try mapFile.extend(to: Layer.headerSize + UInt64(Layer.clusters(size)))
-            try mapFile.synchronize()
+            try synchronize(directory, opened.head.mapFile)
         }
         try extendFirst(directory, opened.layers[0], to: size)
         try replaceDescription(directory, description)
@@ -99,11 +99,19 @@ extension LocalPool {
                 if length > record.size { try retrying("cut \(file)") { ftruncate(data, off_t(record.size)) } }
                 try retrying("make \(file) \(size) bytes long") { ftruncate(data, off_t(size)) }
             }
-            try retrying("synchronize \(file)") { fsync(data) }
         } catch { throw BackendError(error) }
+        try synchronize(directory, Self.data(volume))
         description.record = grown
         try replaceDescription(directory, description)
         return grown
+    }
+
+    /// Makes a file durable that may be flushed for clients meanwhile: as an open file of its own, which takes no failure
+    /// from them.
+    private func synchronize(_ directory: borrowing Directory, _ file: String) throws(BackendError) {
+        let own = try directory.open(file, O_RDONLY)
+        defer { Glibc.close(own) }
+        try LayerFile(descriptor: own, path: "\(path)/\(file)").synchronize()
     }
 
     /// Writes a volume's description anew, durably and at once.

@@ -62,7 +62,8 @@ final class LocalOpenVolume: OpenVolume {
     func close() { Glibc.close(descriptor) }
 }
 
-/// A volume in a file, on a loop. Reads go through the page cache; a flush is fdatasync(2), FUA is RWF_DSYNC.
+/// A volume in a file, on a loop. Reads and writes go through the page cache; a flush is fdatasync(2), FUA a write and then
+/// an fdatasync of its range.
 final class LocalVolume: Backend, FileCompletion {
     /// More than the requests of many sessions; a volume with more in flight waits for a free operation.
     private static let capacity = 8192
@@ -78,6 +79,10 @@ final class LocalVolume: Backend, FileCompletion {
     /// Set by a failed fdatasync: the kernel reports lost writes once, and a later success would say nothing about
     /// them. Every flush fails from then on.
     private var flushError: Int32 = 0
+    /// Answered when the fdatasync that is under way is done, and what waits for the next one.
+    private var flushing = IOQueue()
+    private var unflushed = FlushQueue()
+    private let synchronized = UnsafeMutableRawPointer.allocate(byteCount: 1, alignment: 8)
     /// What the file system cannot do is asked for once.
     private var canPunch = true
     private var canZero = true
@@ -94,6 +99,8 @@ final class LocalVolume: Backend, FileCompletion {
         if volume.hasFailed.load(ordering: .relaxed) { flushError = EIO }
         ring = try FileRing(loop: loop, capacity: Self.capacity, completion: self)
     }
+
+    deinit { synchronized.deallocate() }
 
     func close() {
         if flushError != 0 { volume.hasFailed.store(true, ordering: .relaxed) }
@@ -119,10 +126,8 @@ final class LocalVolume: Backend, FileCompletion {
             if io.pointee.durable, flushError != 0 { return finish(io, flushError) }
             accepted = ring.write(
                 volume.descriptor, from: io.pointee.segment.base, length: Int(io.pointee.length),
-                offset: io.pointee.offset, durable: io.pointee.durable, context: context)
-        case .flush:
-            if flushError != 0 { return finish(io, flushError) }
-            accepted = ring.synchronize(volume.descriptor, context: context)
+                offset: io.pointee.offset, context: context)
+        case .flush: return synchronize(io)
         case .trim, .writeZeroes:
             guard let mode = allocationMode(io.pointee) else { return cannotAllocate(io) }
             accepted = ring.allocate(
@@ -174,7 +179,7 @@ final class LocalVolume: Backend, FileCompletion {
         guard let zeros = fallback?.zeros else { return finish(io, ENOMEM) }
         io.pointee.segment.count = length
         if !ring.write(
-            volume.descriptor, from: zeros, length: length, offset: io.pointee.offset, durable: io.pointee.durable,
+            volume.descriptor, from: zeros, length: length, offset: io.pointee.offset,
             context: UnsafeMutableRawPointer(io))
         {
             finish(io, EAGAIN)
@@ -184,6 +189,7 @@ final class LocalVolume: Backend, FileCompletion {
     // MARK: Completion
 
     func fileOperationCompleted(_ context: UnsafeMutableRawPointer, result: Int32) {
+        if context == synchronized { return synchronizeCompleted(result < 0 ? -result : 0) }
         let io = context.assumingMemoryBound(to: IO.self)
         guard result >= 0 else { return failed(io, -result) }
         switch io.pointee.operation {
@@ -198,25 +204,16 @@ final class LocalVolume: Backend, FileCompletion {
                 io.pointee.length -= UInt32(io.pointee.segment.count)
                 io.pointee.segment.count = 0
                 if io.pointee.length > 0 { return cannotAllocate(io) }
-            } else if io.pointee.durable {
-                return synchronize(io)
             }
-        case .trim where io.pointee.durable: return synchronize(io)
-        case .read, .write, .flush, .trim, .cache: break
+            if io.pointee.durable { return synchronize(io) }
+        case .write, .trim: if io.pointee.durable { return synchronize(io) }
+        case .read, .flush, .cache: break
         }
         finish(io, 0)
     }
 
-    /// The metadata of a zeroed range is made durable by a flush of its own.
-    private func synchronize(_ io: UnsafeMutablePointer<IO>) {
-        io.pointee.operation = .flush
-        submit(io)
-    }
-
     private func failed(_ io: UnsafeMutablePointer<IO>, _ code: Int32) {
         switch io.pointee.operation {
-        case .flush: flushError = code
-        case .write where io.pointee.durable: flushError = code
         case .trim, .writeZeroes:
             guard code == EOPNOTSUPP, io.pointee.segment.count == 0 else { break }
             if io.pointee.operation == .trim || io.pointee.mayPunch, canPunch {
@@ -234,6 +231,72 @@ final class LocalVolume: Backend, FileCompletion {
     private func finish(_ io: UnsafeMutablePointer<IO>, _ code: Int32) {
         io.pointee.status = code
         client.completed(io)
+    }
+
+    // MARK: Flushing
+
+    /// A flush, or the rest of what is to be durable.
+    private func synchronize(_ io: UnsafeMutablePointer<IO>) {
+        guard flushError == 0 else { return finish(io, flushError) }
+        unflushed.append(io)
+        if flushing.isEmpty { startSynchronizing() }
+    }
+
+    private func startSynchronizing() {
+        guard let ring else { return }
+        let range = unflushed.range
+        flushing = unflushed.takeAll()
+        if !ring.synchronize(volume.descriptor, range: range, context: synchronized) { flushed(EAGAIN) }
+    }
+
+    private func synchronizeCompleted(_ code: Int32) {
+        // Whatever the reason was, it does not help to remove it.
+        if code != 0 { flushError = EIO }
+        flushed(flushError)
+    }
+
+    private func flushed(_ code: Int32) {
+        var done = flushing
+        flushing = IOQueue()
+        if flushError != 0 {
+            var rest = unflushed.takeAll()
+            while let io = rest.popFirst() { done.append(io) }
+        } else if !unflushed.isEmpty {
+            startSynchronizing()
+        }
+        while let io = done.popFirst() { finish(io, code) }
+    }
+}
+
+/// I/O that waits until what was written is on stable storage. One synchronisation of a file is under way at a time, and
+/// those that come meanwhile share the next: the kernel reports a lost write once to each open file, so that of two at a
+/// time one would fail, and the other say that all is well.
+struct FlushQueue {
+    private var waiting = IOQueue()
+    private var lower = UInt64.max
+    private var upper = UInt64.min
+    private var wantsAll = false
+
+    var isEmpty: Bool { waiting.isEmpty }
+
+    /// What has to be synchronised for all of them, bytes; nil for everything.
+    var range: Range<UInt64>? { wantsAll || lower >= upper ? nil : lower..<upper }
+
+    /// - Parameter all: whether more than the I/O's own range is to be durable; always true but for a write.
+    mutating func append(_ io: UnsafeMutablePointer<IO>, all: Bool = false) {
+        if all || io.pointee.operation != .write {
+            wantsAll = true
+        } else {
+            lower = min(lower, io.pointee.offset)
+            upper = max(upper, io.pointee.offset + UInt64(io.pointee.length))
+        }
+        io.pointee.operation = .flush
+        waiting.append(io)
+    }
+
+    mutating func takeAll() -> IOQueue {
+        defer { self = FlushQueue() }
+        return waiting
     }
 }
 

@@ -68,7 +68,8 @@ extension Volume {
         // Only that it cannot be done fast.
         case (.writeZeroes, EOPNOTSUPP): break
         case (.write, EROFS), (.writeZeroes, EROFS), (.trim, EROFS): notice(.writeProtected)
-        case (.flush, _): notice(.flushFailed)
+        // Another error than this is of a flush that can be tried again.
+        case (.flush, EIO): notice(.flushFailed)
         default: notice(.ioFailed)
         }
     }

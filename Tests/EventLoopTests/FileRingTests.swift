@@ -67,15 +67,12 @@ private struct Memory: @unchecked Sendable {
         let input = Memory(65536, byte: 0)
         #expect(
             await harness.run {
-                $0.write(file, from: output.base, length: 65536, offset: 8192, durable: false, context: $1)
+                $0.write(file, from: output.base, length: 65536, offset: 8192, context: $1)
             } == 0)
+        #expect(await harness.run { $0.synchronize(file, range: 8192..<73728, context: $1) } == 0)
         #expect(await harness.run { $0.synchronize(file, context: $1) } == 0)
         #expect(await harness.run { $0.read(file, into: input.base, length: 65536, offset: 8192, context: $1) } == 0)
         #expect(memcmp(input.base, output.base, 65536) == 0)
-        #expect(
-            await harness.run {
-                $0.write(file, from: output.base, length: 4096, offset: 0, durable: true, context: $1)
-            } == 0)
         await harness.close()
         Glibc.close(file)
     }
@@ -96,7 +93,7 @@ private struct Memory: @unchecked Sendable {
         let output = Memory(65536, byte: 1)
         #expect(
             await harness.run {
-                $0.write(file, from: output.base, length: 65536, offset: 131072, durable: false, context: $1)
+                $0.write(file, from: output.base, length: 65536, offset: 131072, context: $1)
             } == 0)
         let table = Memory(4096, byte: 0)
         let count = await harness.run {
@@ -118,7 +115,7 @@ private struct Memory: @unchecked Sendable {
         let output = Memory(65536, byte: 0xff)
         let input = Memory(65536, byte: 1)
         _ = await harness.run {
-            $0.write(file, from: output.base, length: 65536, offset: 0, durable: false, context: $1)
+            $0.write(file, from: output.base, length: 65536, offset: 0, context: $1)
         }
         let mode = Int32(3)  // FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
         #expect(await harness.run { $0.allocate(file, mode: mode, offset: 4096, length: 8192, context: $1) } == 0)
