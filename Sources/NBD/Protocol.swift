@@ -85,6 +85,9 @@ package enum Command: UInt16, Sendable {
     case writeZeroes = 6
     case blockStatus = 7
 
+    /// Whether another value can be read after it.
+    package var changesData: Bool { self == .write || self == .trim || self == .writeZeroes }
+
     /// Command flags this command takes ("Command flags"); FUA is accepted everywhere.
     var allowedFlags: UInt16 {
         switch self {

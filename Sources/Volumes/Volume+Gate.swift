@@ -56,11 +56,11 @@ extension Volume {
 
     // MARK: Admission
 
-    /// The way of a request while the volume is not simply open: behind what is in flight of the kernel's closed
-    /// connections, through the gate, and under its limits.
+    /// The way of a request while the volume is not simply open: behind what is in flight of closed connections, through
+    /// the gate, and under its limits.
     @inline(never)
     func admit(_ request: UnsafeMutablePointer<Request>) {
-        if kernel.closing > 0 { return waitForClosing(request) }
+        if !leaving.isEmpty, hasToWait(request) { return leaving.append(request) }
         switch gate.state {
         case .normal: passThrottle(request)
         case .discard: letThrough(request)
@@ -108,7 +108,7 @@ extension Volume {
 
     /// Call when the gate, the limits, or the connections that close have changed.
     func settleAdmission() {
-        needsAdmission = gate.state != .normal || !throttle.limits.areNone || kernel.closing > 0
+        needsAdmission = gate.state != .normal || !throttle.limits.areNone || !leaving.isEmpty
         // From here on nothing may reach the store without having been admitted.
         if needsAdmission { for session in sessions { session.withdrawPlacement() } }
     }

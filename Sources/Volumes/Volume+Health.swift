@@ -103,7 +103,7 @@ extension Volume {
         case .throttle: "waits for the volume's limits"
         case .volume where request.pointee.pendingParts > 0: "waits at the store"
         case .volume, .gate, .nowhere:
-            firstWaiting == nil && kernel.closing == 0
+            firstWaiting == nil && leaving.isEmpty
                 ? "waits for the client to take its answer" : "waits behind others"
         }
     }

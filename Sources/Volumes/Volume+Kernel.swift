@@ -12,11 +12,6 @@ struct KernelSide {
 
     /// Those that are open.
     var sessions: ContiguousArray<Session> = []
-    /// How many are closed and have requests in flight.
-    var closing = 0
-    /// Requests of open connections that wait for `closing` to be 0, oldest first.
-    var firstWaiting: UnsafeMutablePointer<Request>?
-    var lastWaiting: UnsafeMutablePointer<Request>?
     /// They are meant to end.
     var isDetached = false
     /// Called when no session is open.
@@ -24,13 +19,8 @@ struct KernelSide {
     var drainTimer: LoopTimer?
 }
 
-// The kernel sends what was in flight on a connection that ended again on another. The first copy of a request may still
-// be under way in the backend then. If it landed after the second was answered, it could undo a newer write to the same
-// blocks. So:
-// - requests of a closed connection that have not begun never begin;
-// - requests of other connections begin when nothing of a closed one is in flight;
-// - with several connections, the kernel may have given one up and used the next before its end was seen here: what was
-//   received is looked at only after the others were found to be open.
+// With several connections, the kernel may have given one up and used the next before its end was seen here: what was
+// received is looked at only after the others were found to be open. What becomes of requests in flight: `Volume+Leaving`.
 extension Volume {
     // MARK: From the manager
 
@@ -108,13 +98,9 @@ extension Volume {
         }
     }
 
-    package func sessionClosed(_ session: Session) {
-        dropHeld(of: session)
-        guard session.peer == KernelSide.peer else { return }
+    /// A connection of the kernel is closed.
+    func kernelSessionClosed(_ session: Session) {
         kernel.sessions.removeAll { $0 === session }
-        kernel.closing += 1
-        settleAdmission()
-        dropWaiting(of: session)
         if !kernel.isDetached, !stopping {
             notice(kernel.sessions.isEmpty ? .connectionLost : .pathLost)
             report(.kernelConnectionLost)
@@ -124,38 +110,5 @@ extension Volume {
         kernel.drainTimer = nil
         for closure in kernel.gone { closure() }
         kernel.gone = []
-    }
-
-    /// - Parameter count: sessions of the kernel that are closed and have nothing in flight any more.
-    func kernelSessionsEnded(_ count: Int) {
-        guard count > 0 else { return }
-        kernel.closing -= count
-        guard kernel.closing == 0 else { return }
-        settleAdmission()
-        var next = kernel.firstWaiting
-        kernel.firstWaiting = nil
-        kernel.lastWaiting = nil
-        while let request = next {
-            next = request.pointee.next
-            admit(request)
-        }
-        loop.runAgain()
-    }
-
-    /// Holds a request back until nothing of a closed connection is in flight.
-    func waitForClosing(_ request: UnsafeMutablePointer<Request>) {
-        request.pointee.next = nil
-        if let last = kernel.lastWaiting { last.pointee.next = request } else { kernel.firstWaiting = request }
-        kernel.lastWaiting = request
-    }
-
-    private func dropWaiting(of session: Session) {
-        var next = kernel.firstWaiting
-        kernel.firstWaiting = nil
-        kernel.lastWaiting = nil
-        while let request = next {
-            next = request.pointee.next
-            if request.pointee.isAbandoned { request.reply() } else { waitForClosing(request) }
-        }
     }
 }

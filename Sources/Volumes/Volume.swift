@@ -49,6 +49,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     private(set) var stopping = false
     private var stopped: [@Sendable () -> Void] = []
     var kernel = KernelSide()
+    var leaving = LeavingSessions()
     private var quiet: LoopTimer?
     private var activity: UInt64 = 0
     private var activityAtTimer: UInt64 = 0
@@ -121,7 +122,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     }
 
     /// Serves a connection whose handshake is done. From any thread.
-    func attach(descriptor: Int32, peer: String, negotiated: Negotiated, leftover: [UInt8]) {
+    package func attach(descriptor: Int32, peer: String, negotiated: Negotiated, leftover: [UInt8]) {
         let accepted = loop.post { [self] in
             begin(descriptor: descriptor, peer: peer, negotiated: negotiated, leftover: leftover)
         }
@@ -174,6 +175,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
             descriptor: descriptor, peer: peer, negotiated: negotiated, loop: loop, buffers: buffers,
             vectors: vectors, target: self)
         do {
+            noticeHungUp()
             sessions.append(session)
             try session.start(leftover: leftover)
             if peer == KernelSide.peer {
@@ -222,7 +224,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
         sessions.removeAll { session in ended.contains { $0 === session } }
         activity &+= 1
         report(.sessions(sessions.count))
-        kernelSessionsEnded(ended.count { $0.peer == KernelSide.peer })
+        haveLeft(ended)
     }
 
     /// A second without a request: memory that only I/O needs goes back to the system.

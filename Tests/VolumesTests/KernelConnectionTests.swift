@@ -7,7 +7,8 @@ import Synchronization
 import Testing
 import Volumes
 
-/// The kernel sends requests of a dead connection again on another; see `Volume+Kernel.swift`.
+/// The kernel sends requests of a dead connection again on another, and so does a client that reconnects; see
+/// `Volume+Leaving.swift`.
 @Suite(.timeLimit(.minutes(1))) struct KernelConnectionTests {
     @Test func requestsSentAgainWaitForTheFirstCopies() async throws {
         try await withVolume { volume, backend in
@@ -83,6 +84,56 @@ import Volumes
         }
     }
 
+    /// How a client leaves: a socket that is closed on this host, or over TCP, where the server may only learn that nothing
+    /// more comes.
+    @Test(arguments: [SHUT_RDWR, SHUT_WR])
+    func whatAClientSendsAgainIsNotOvertakenByItsFirstCopy(how: Int) async throws {
+        try await withVolume { volume, backend in
+            let first = try KernelEnd(volume, peer: "unix")
+            first.write(mark: 1)
+            await backend.waitUntilBegun([1])
+            first.shutDown(how)
+            let second = try KernelEnd(volume, peer: "unix")
+            second.write(mark: 2)
+            // What has nothing to do with it goes on.
+            second.write(mark: 3, block: 1)
+            await backend.waitUntilBegun([1, 3])
+            backend.complete(3)
+            #expect(second.readReplies(1) == [3])
+            #expect(await volume.status()?.inFlight == 2)
+            #expect(backend.begun == [1, 3])
+            backend.complete(1)
+            await backend.waitUntilBegun([1, 3, 2])
+            backend.complete(2)
+            #expect(second.readReplies(1) == [2])
+            second.write(mark: 4)
+            await backend.waitUntilBegun([1, 3, 2, 4])
+            backend.complete(4)
+            #expect(second.readReplies(1) == [4])
+        }
+    }
+
+    @Test func whatWaitsBehindAnotherClientAndLosesItsConnectionNeverBegins() async throws {
+        try await withVolume { volume, backend in
+            let first = try KernelEnd(volume, peer: "unix")
+            first.write(mark: 1)
+            await backend.waitUntilBegun([1])
+            first.shutDown()
+            let second = try KernelEnd(volume, peer: "unix")
+            second.write(mark: 2)
+            await waitUntil { await volume.status()?.inFlight == 2 }
+            second.shutDown()
+            await waitUntil { await volume.status()?.inFlight == 1 }
+            let third = try KernelEnd(volume, peer: "unix")
+            third.write(mark: 3)
+            await waitUntil { await volume.status()?.inFlight == 2 }
+            backend.complete(1)
+            await backend.waitUntilBegun([1, 3])
+            backend.complete(3)
+            #expect(third.readReplies(1) == [3])
+        }
+    }
+
     @Test func connectionsThatEndByThemselvesAreReported() async throws {
         let lost = Mutex(0)
         try await withVolume {
@@ -114,7 +165,7 @@ import Volumes
         var logger = Logger(label: "test")
         logger.logLevel = .critical
         let volume = try await Volume.start(
-            name: "pool/volume", opened: opened, settings: VolumeSettings(), maximumSessions: 1, logger: logger,
+            name: "pool/volume", opened: opened, settings: VolumeSettings(), maximumSessions: 3, logger: logger,
             report: report)
         try await body(volume, opened.backend)
         await volume.stop(grace: 0, failingHeld: false)
@@ -191,30 +242,37 @@ private final class HeldBackend: Backend, @unchecked Sendable {
     func close() {}
 }
 
-/// The kernel's end of a connection.
+/// The kernel's end of a connection, or another client's.
 private final class KernelEnd {
     private let socket: Int32
 
-    init(_ volume: Volume) throws {
+    /// - Parameter peer: nil for the kernel.
+    init(_ volume: Volume, peer: String? = nil) throws {
         let pair = try SocketPair.make(count: 1)[0]
         socket = pair.kernel
-        volume.attachKernel([pair.server])
+        guard let peer else {
+            volume.attachKernel([pair.server])
+            return
+        }
+        volume.attach(
+            descriptor: pair.server, peer: peer,
+            negotiated: Negotiated(export: volume.export, structured: false, baseAllocation: false), leftover: [])
     }
 
     deinit { close(socket) }
 
     /// A write of 512 bytes of `mark`, which is its cookie, too.
-    func write(mark: UInt8) {
+    func write(mark: UInt8, block: UInt8 = 0) {
         var bytes: [UInt8] = [0x25, 0x60, 0x95, 0x13, 0, 0, 0, 1]
         bytes += [0, 0, 0, 0, 0, 0, 0, mark]
-        bytes += [0, 0, 0, 0, 0, 0, 0, 0]
+        bytes += [0, 0, 0, 0, 0, 0, 2 * block, 0]
         bytes += [0, 0, 2, 0]
         bytes += [UInt8](repeating: mark, count: 512)
         #expect(send(socket, bytes, bytes.count, Int32(MSG_NOSIGNAL)) == bytes.count)
     }
 
     /// What the driver does to a connection it gives up.
-    func shutDown() { shutdown(socket, Int32(SHUT_RDWR)) }
+    func shutDown(_ how: Int = SHUT_RDWR) { shutdown(socket, Int32(how)) }
 
     /// The cookies of successful replies.
     func readReplies(_ count: Int) -> [UInt8] {
