@@ -77,6 +77,7 @@ final class Load: BackendClient, @unchecked Sendable {
     private var count = 0
     private var failure: Int32 = 0
     private var done: (() -> Void)?
+    var maximumInFlight: Int { depth }
 
     init(loop: EventLoop, opened: any OpenVolume, size: UInt64, depth: Int) {
         self.loop = loop

@@ -10,6 +10,7 @@ import Synchronization
 final class Client: BackendClient, @unchecked Sendable {
     static let shared = Client()
     private static let capacity = 16
+    let maximumInFlight = capacity
 
     /// Where the store is to accept.
     let listener: Int32

@@ -70,6 +70,8 @@ package struct Geometry: Sendable {
 
 /// Takes completions, on the loop's thread; may be called before `submit` returns.
 package protocol BackendClient: AnyObject {
+    /// The most I/O it has in flight at a time.
+    var maximumInFlight: Int { get }
     func completed(_ io: UnsafeMutablePointer<IO>)
 }
 

@@ -7,7 +7,6 @@ import Glibc
 /// the cluster; the first write to any other is a take-over: the cluster is read from below, unless all of it is written,
 /// changed in memory, written to the head, and is the head's from then on. Further writes to it wait for that.
 final class LayeredVolume: Backend, FileCompletion {
-    private static let capacity = 8192
     static let maximumExtents = BufferPool.blockSize / MemoryLayout<Extent>.stride
     static let maximumTakeovers = 256
     /// Clusters are locked by what is left of their number.
@@ -61,7 +60,8 @@ final class LayeredVolume: Backend, FileCompletion {
         if volume.hasFailed.load(ordering: .relaxed) { flush.error = EIO }
         isLocked = .allocate(capacity: Self.locks)
         isLocked.initialize(repeating: false, count: Self.locks)
-        ring = try FileRing(loop: loop, capacity: Self.capacity, completion: self)
+        // One operation for each I/O, and those of a round of flushing.
+        ring = try FileRing(loop: loop, capacity: client.maximumInFlight + Self.markedAtOnce + 1, completion: self)
     }
 
     deinit {

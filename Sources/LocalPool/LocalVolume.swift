@@ -65,8 +65,6 @@ final class LocalOpenVolume: OpenVolume {
 /// A volume in a file, on a loop. Reads and writes go through the page cache; a flush is fdatasync(2), FUA a write and then
 /// an fdatasync of its range.
 final class LocalVolume: Backend, FileCompletion {
-    /// More than the requests of many sessions; a volume with more in flight waits for a free operation.
-    private static let capacity = 8192
     /// Extents of one answer: more do not fit 4 KiB.
     private static let maximumExtents = BufferPool.blockSize / MemoryLayout<Extent>.stride
 
@@ -97,7 +95,8 @@ final class LocalVolume: Backend, FileCompletion {
         geometry.readOnly = volume.readOnly
         self.geometry = geometry
         if volume.hasFailed.load(ordering: .relaxed) { flushError = EIO }
-        ring = try FileRing(loop: loop, capacity: Self.capacity, completion: self)
+        // One operation for each I/O, and the fdatasync that they share.
+        ring = try FileRing(loop: loop, capacity: client.maximumInFlight + 1, completion: self)
     }
 
     deinit { synchronized.deallocate() }

@@ -30,6 +30,7 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
     private var boundary: UInt64 = 0
     /// Of commands that cross it. A command has at most three, since layers have clusters of 64 KiB.
     private var parts = Slab<IO>(capacity: 3 * maximumSessions * StoreSession.maximumInFlight)
+    var maximumInFlight: Int { slots.capacity + parts.capacity }
     /// By number.
     private var snapshots: [UInt32: Snapshot] = [:]
     /// I/O begun and not completed.

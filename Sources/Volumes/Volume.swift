@@ -273,6 +273,8 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
 
     // MARK: Requests
 
+    package var maximumInFlight: Int { parts.capacity }
+
     @inline(__always)
     package func takeRequest() -> UnsafeMutablePointer<Request>? { requests.take() }
 

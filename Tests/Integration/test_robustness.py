@@ -17,7 +17,7 @@ import nbd
 import pytest
 
 from bystander import Bystander
-from harness import KiB, MiB, SANITIZER, SLOWNESS, environment, run, wait_for
+from harness import QBD, KiB, MiB, SANITIZER, SLOWNESS, environment, run, wait_for
 from wire import (
     CMD_DISC, CMD_FLUSH, CMD_READ, CMD_WRITE, FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, IHAVEOPT, OPT_GO, OPT_LIST,
     REQUEST_MAGIC, Closed, Session, info_data,
@@ -241,6 +241,76 @@ def operations(process):
     jobs = json.loads(out[out.index(b"{") :])["jobs"]
     assert all(job["error"] == 0 for job in jobs)
     return [job["read"]["iops"] + job["write"]["iops"] for job in jobs]
+
+
+@pytest.mark.deadline(120)
+@pytest.mark.parametrize("with_snapshots", [False, True], ids=["plain", "snapshots"])
+def test_all_requests_of_many_clients_in_flight(new_daemon, with_snapshots):
+    """Each client has as many as it may; held back, they begin at the same moment."""
+    clients, depth = 72, 128
+    daemon = new_daemon(configuration=f"\n[nbd]\nmax_connections={clients}\n").start()
+    daemon.create("disk/a", "64M")
+    if with_snapshots:
+        daemon.qbd("snapshot", "create", "disk/a@s").succeeded()
+    daemon.map("disk/a")
+    with contextlib.ExitStack() as stack:
+        sessions = [stack.enter_context(Session(daemon.nbd_socket)) for _ in range(clients)]
+        for session in sessions:
+            session.greet().go("disk/a")
+        daemon.qbd("suspend", "disk/a").succeeded()
+        pending = []
+        for index, session in enumerate(sessions):
+            offsets = [(index * depth + number) * 4096 for number in range(depth)]
+            pending.append({session.request(CMD_READ, at, 512): (CMD_READ, at, 512) for at in offsets})
+        wait_for(
+            lambda: daemon.json("info", "disk/a")["held_back"]["requests"] == clients * depth, "all are held back"
+        )
+        daemon.qbd("resume", "disk/a", "-t", "normal").succeeded()
+        for session, left in zip(sessions, pending):
+            while left:
+                answer = session.answer(left)
+                assert (answer.error, answer.data) == (0, bytes(512))
+
+
+NO_MORE_THREADS = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <unistd.h>
+int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*body)(void *), void *argument) {
+    int (*real)(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *) = dlsym(RTLD_NEXT, "pthread_create");
+    if (access(getenv("NO_MORE_THREADS"), F_OK) == 0) return EAGAIN;
+    return real(thread, attributes, body, argument);
+}
+"""
+
+
+@pytest.mark.skipif(SANITIZER is not None, reason="its library has to be the first")
+def test_no_more_threads(new_daemon, scratch):
+    """What is mapped goes on, also with what it never did before; what needs another thread waits for one."""
+    (scratch / "threads.c").write_text(NO_MORE_THREADS)
+    run(["cc", "-shared", "-fPIC", "-o", scratch / "threads.so", scratch / "threads.c", "-ldl"]).succeeded()
+    gone = scratch / "gone"
+    daemon = new_daemon()
+    daemon.start(variables={"LD_PRELOAD": scratch / "threads.so", "NO_MORE_THREADS": gone})
+    handle = nbd.NBD()
+    handle.add_meta_context("base:allocation")
+    handle.connect_uri(daemon.volume("disk/a"))
+    daemon.create("disk/b")
+    gone.touch()
+    extents = []
+    handle.block_status(MiB, 0, lambda context, offset, entries, error: extents.extend(entries))
+    assert sum(extents[::2]) == MiB
+    content = bytes(range(256)) * (8 * MiB // 256)
+    handle.pwrite(content, 0)
+    assert handle.pread(len(content), 0) == content
+    with subprocess.Popen([QBD, "map", "--export", "disk/b"], env=environment(**daemon.variables)) as mapping:
+        wait_for(lambda: "start thread" in daemon.log(), "the daemon tells that it has no thread")
+        gone.unlink()
+        assert mapping.wait(30 * SLOWNESS) == 0
+    handle.shutdown()
 
 
 @pytest.mark.deadline(120)
