@@ -60,8 +60,21 @@ package final class FileRing: EventSource, TurnObserver {
         self.completion = completion
         operations = Slab(capacity: capacity)
         try loop.prepareToBlock()
+        let ring = useRing ? Self.makeRing() : nil
+        self.ring = ring
+        do throws(SystemError) { workers = try FileWorkers(loop: loop, count: ring == nil ? 4 : 1) } catch {
+            if let ring { Self.exit(ring) }
+            throw error
+        }
+        workers.owner = self
         if let ring {
-            ringToken = try loop.add(ring.pointee.ring_fd, events: EPOLLIN.rawValue, source: self)
+            do throws(SystemError) {
+                ringToken = try loop.add(ring.pointee.ring_fd, events: EPOLLIN.rawValue, source: self)
+            } catch {
+                workers.close()
+                Self.exit(ring)
+                throw error
+            }
         }
         loop.observe(self)
     }
@@ -74,6 +87,10 @@ package final class FileRing: EventSource, TurnObserver {
         guard let ring, let token = ringToken else { return }
         loop.remove(token, descriptor: ring.pointee.ring_fd)
         ringToken = nil
+        Self.exit(ring)
+    }
+
+    private static func exit(_ ring: UnsafeMutablePointer<io_uring>) {
         io_uring_queue_exit(ring)
         ring.deallocate()
     }

@@ -17,13 +17,14 @@ package struct Extent {
     }
 }
 
-/// A few threads that do blocking file operations for one loop. Started by their first work; a turn's operations are
-/// handed over together, and come back together.
+/// A few threads that do blocking file operations for one loop: one from the beginning, so that there is one, and the
+/// others with the first work. A turn's operations are handed over together, and come back together.
 final class FileWorkers: EventSource {
     private let loop: EventLoop
     private let count: Int
     private let shared: Shared
-    private var threads: [Thread] = []
+    private var threads: [Thread]
+    private var areAllStarted: Bool
     private var token: EventLoop.Token?
     private var collected = OperationList()
     unowned(unsafe) var owner: FileRing?
@@ -55,7 +56,12 @@ final class FileWorkers: EventSource {
         self.loop = loop
         self.count = count
         shared = try Shared()
-        token = try loop.add(shared.done, events: EPOLLIN.rawValue, source: self)
+        areAllStarted = count == 1
+        threads = [try Self.startThread(0, of: count, shared)]
+        do { token = try loop.add(shared.done, events: EPOLLIN.rawValue, source: self) } catch {
+            close()
+            throw error
+        }
     }
 
     @inline(__always)
@@ -68,7 +74,7 @@ final class FileWorkers: EventSource {
     }
 
     private func handOverCollected() {
-        if threads.isEmpty { startThreads() }
+        if !areAllStarted { startOthers() }
         let list = collected.removeAll()
         guard let head = list.head, let tail = list.tail else { return }
         let wasEmpty = shared.queues.withLock { queues in
@@ -79,15 +85,16 @@ final class FileWorkers: EventSource {
         if wasEmpty { Self.signal(shared.work) }
     }
 
-    private func startThreads() {
-        for index in 0..<count {
-            do {
-                threads.append(
-                    try Thread(name: "qbd:file\(index)") { [shared, count] in Self.run(shared, alone: count == 1) })
-            } catch {
-                // One thread is enough to go on; with none there is no way to do the work.
-                precondition(!threads.isEmpty, "\(error)")
-            }
+    private static func startThread(_ index: Int, of count: Int, _ shared: Shared) throws(SystemError) -> Thread {
+        try Thread(name: "qbd:file\(index)") { run(shared, alone: count == 1) }
+    }
+
+    private func startOthers() {
+        areAllStarted = true
+        do throws(SystemError) {
+            for index in 1..<count { threads.append(try Self.startThread(index, of: count, shared)) }
+        } catch {
+            // Those that are there do the work, if more slowly.
         }
     }
 
