@@ -77,8 +77,9 @@ struct Store {
         _ = Loopback.send(connection, Array(bytes[..<cut])) && Loopback.send(connection, Array(bytes[cut...]))
         guard bytes.count == StoreHandshake.size else { return false }
         let said = bytes.withUnsafeBytes { StoreHandshake(decoding: $0.baseAddress.unsafelyUnwrapped) }
-        granted = Int(said.depth)
-        return said.result == 0 && said.volumeID == Volume.id && (1...Volume.depth).contains(granted)
+        granted = min(Int(said.depth), Volume.depth)
+        return said.result == 0 && said.volumeID == Volume.id
+            && (1...StoreProtocol.maximumDepth).contains(Int(said.depth))
     }
 
     /// - Returns: whether the client can still follow.
@@ -110,11 +111,11 @@ struct Store {
             output += reply(other)
             return false
         case 9:
-            // Zeros as they should not be.
+            // What is left over in the bytes without a meaning.
             var bytes = reply(command)
-            bytes[[6, 7, 16 + Int(input.byte() & 15)][Int(action >> 4) % 3]] = input.byte() | 1
-            output += bytes
-            return false
+            for place in [6, 7] + (16..<32) { bytes[place] = input.byte() }
+            outstanding.remove(at: index)
+            output += bytes + data(command, .success)
         case 10:
             let whole = reply(command) + data(command, .success)
             output += whole.prefix(Int(input.half()) % whole.count)
@@ -219,7 +220,7 @@ struct Store {
 
     private mutating func answer(_ index: Int, _ status: StoreStatus = .success) {
         let command = outstanding.remove(at: index)
-        if status.code != .success, !status.asksToReopen, status.code != .notPrimary { hasFailedRequests = true }
+        if status.code != .success, !status.mayPass { hasFailedRequests = true }
         output += reply(command, status) + data(command, status)
     }
 
@@ -231,8 +232,7 @@ struct Store {
     }
 
     private func data(_ command: StoreCommand, _ status: StoreStatus) -> ArraySlice<UInt8> {
-        guard command.opcode == StoreCommand.Opcode.read.rawValue, status.code == .success, !status.asksToReopen
-        else { return [] }
+        guard command.opcode == StoreCommand.Opcode.read.rawValue, status == .success else { return [] }
         return Volume.bytes(Int(command.offset), Int(command.length))
     }
 

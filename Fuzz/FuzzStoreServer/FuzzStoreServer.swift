@@ -129,11 +129,8 @@ struct Client {
 
     private mutating func takeReply() {
         let bytes = receive(StoreReply.size)
-        let (reply, isWellFormed) = bytes.withUnsafeBytes { buffer in
-            let base = buffer.baseAddress.unsafelyUnwrapped
-            return (StoreReply(decoding: base), StoreReply.isWellFormed(base))
-        }
-        require(isWellFormed, "no reply")
+        let reply = bytes.withUnsafeBytes { StoreReply(decoding: $0.baseAddress.unsafelyUnwrapped) }
+        require((bytes[6..<8] + bytes[16...]).allSatisfy { $0 == 0 }, "no reply")
         let index = expected.firstIndex { $0.id == reply.id && $0.sequence == reply.sequence }
         guard let index else { return require(false, "an answer to nothing that was asked") }
         let command = expected.remove(at: index)

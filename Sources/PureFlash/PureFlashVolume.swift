@@ -4,37 +4,6 @@ import EventLoop
 import Glibc
 import Logging
 
-/// How a cluster's volumes are reached: section `[client]` of qbd.conf.
-package struct PureFlashSettings: Hashable, Sendable {
-    /// TCP_NODELAY.
-    package var noDelay: Bool
-    /// TCP port of all stores.
-    package var port: UInt16
-    /// Commands in flight on one connection, 1...255.
-    package var depth: Int
-    /// Nanoseconds from a request's arrival until it fails, whatever was tried meanwhile.
-    package var ioTimeout: UInt64
-    /// Nanoseconds for a connection with its handshake, and for one answer of a conductor.
-    package var connectTimeout: UInt64
-    /// Of each volume, which take requests in turn.
-    package var connectionsPerStore: Int
-    /// Nanoseconds between the first two tries. The longest pause while requests wait that may still succeed is eight
-    /// times as long: a second after the cluster is well again, I/O has resumed.
-    package var retryPause: UInt64 = 100_000_000
-
-    package init(
-        noDelay: Bool, port: UInt16, depth: Int, ioTimeout: UInt64, connectTimeout: UInt64,
-        connectionsPerStore: Int = 1
-    ) {
-        self.connectionsPerStore = connectionsPerStore
-        self.noDelay = noDelay
-        self.port = port
-        self.depth = depth
-        self.ioTimeout = ioTimeout
-        self.connectTimeout = connectTimeout
-    }
-}
-
 /// A volume of a PureFlash cluster, on a loop: each shard on the store that serves it, one connection to each store, or a
 /// few.
 ///
@@ -48,14 +17,9 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     private static let patience: UInt64 = 200_000_000
     /// What 1024 clients, the most there may be, have in hand.
     private static let capacity = 131_072
-    /// Nanoseconds before the same is logged again, and how much may be logged in that time.
-    private static let repetition: UInt64 = 60_000_000_000
-    private static let mostTold = 16
-    /// Nanoseconds between two lines of the log on requests that failed.
-    private static let failurePause: UInt64 = 1_000_000_000
 
     private(set) var geometry: Geometry
-    let logger: Logger
+    private var log: TroubleLog
     let opened: PureFlashOpenVolume
     let loop: EventLoop
     private let buffers: BufferPool
@@ -90,13 +54,7 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     private(set) var trouble: String?
     /// The log says that I/O waits.
     private var isAnnounced = false
-    /// What was logged, and when.
-    private var told: [String: UInt64] = [:]
-    private var lastFailure: UInt64 = 0
-    private var untoldFailures = 0
     private var lastReopen: UInt64 = 0
-    /// A connection is left to a store that serves no shard any more.
-    private var hasStrays = false
     private var pause: LoopTimer?
     private var watchdog: LoopTimer?
 
@@ -109,7 +67,7 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
         self.client = client
         layout = opened.layout
         settings = opened.settings
-        logger = opened.logger
+        log = TroubleLog(opened.logger)
         var geometry = Geometry(size: layout.size, blockSize: StoreProtocol.sector)
         geometry.maximumTransfer = StoreProtocol.maximumTransfer
         geometry.boundary = StoreProtocol.objectSize
@@ -127,7 +85,7 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
         routes = Array(repeating: -1, count: layout.shards.count)
         choices = Array(repeating: 0, count: layout.shards.count)
         pause = LoopTimer(loop: loop) { [unowned self] in pauseEnded() }
-        watchdog = LoopTimer(loop: loop) { [unowned self] in failExpired() }
+        watchdog = LoopTimer(loop: loop) { [unowned self] in watch() }
         loop.observe(self)
     }
 
@@ -223,15 +181,22 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
         let first = routes[shard]
         guard first >= 0 else { return nil }
         guard settings.connectionsPerStore > 1 else { return connections[first] }
-        lane = lane &+ 1 < settings.connectionsPerStore ? lane &+ 1 : 0
+        for _ in 0..<settings.connectionsPerStore {
+            lane = lane &+ 1 < settings.connectionsPerStore ? lane &+ 1 : 0
+            if connections[first &+ lane].restsUntil <= loop.now { break }
+        }
         return connections[first &+ lane]
+    }
+
+    /// The address that is used for a shard.
+    private func address(of shard: Int) -> String? {
+        let addresses = layout.shards[shard].addresses
+        return addresses.isEmpty ? nil : addresses[choices[shard] % addresses.count]
     }
 
     /// The connections to the address that is used for a shard, made on demand; -1 when there are none.
     private func route(_ shard: Int) -> Int {
-        let addresses = layout.shards[shard].addresses
-        guard !addresses.isEmpty else { return -1 }
-        let name = addresses[choices[shard] % addresses.count]
+        guard let name = address(of: shard) else { return -1 }
         if let index = connections.firstIndex(where: { $0.name == name }) { return index }
         guard let address = StoreAddress(name, port: settings.port) else { return -1 }
         for _ in 0..<settings.connectionsPerStore {
@@ -268,12 +233,22 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
 
     func answered(_ request: UnsafeMutablePointer<StoreRequest>, _ reply: StoreReply, by connection: StoreConnection) {
         let status = reply.status
-        if status.asksToReopen || status.code == .notPrimary { return ask(again: request, status, connection) }
-        if status.code == .success { recovered() }
+        guard status != .success else {
+            recovered()
+            return complete(request, 0)
+        }
+        // A read brings data with plain success alone.
+        if status.mayPass || status.code == .success && !request.pointee.isWrite {
+            return ask(again: request, status, connection)
+        }
+        if status.code == .success {
+            recovered()
+            if log.tell(.warning, "the store \(connection.name) answered \(status)", at: loop.now) { reopen() }
+        }
         complete(request, errorNumber(status, request))
     }
 
-    /// A store wants the volume to be opened again.
+    /// Time or another store will help, or opening the volume again, which may name one.
     private func ask(
         again request: UnsafeMutablePointer<StoreRequest>, _ status: StoreStatus, _ connection: StoreConnection
     ) {
@@ -301,20 +276,9 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
         case .noSpace: return ENOSPC
         case .readOnly: return EROFS
         default:
-            tellFailure(request, "a store answered \(status)")
+            log.tellFailure(request, "a store answered \(status)", at: loop.now)
             return EIO
         }
-    }
-
-    /// Says that a request fails, once a second when there are many.
-    private func tellFailure(_ request: UnsafeMutablePointer<StoreRequest>, _ reason: String) {
-        guard lastFailure == 0 || loop.now &- lastFailure > Self.failurePause else { return untoldFailures += 1 }
-        let others = untoldFailures > 0 ? "; \(untoldFailures) others before it" : ""
-        lastFailure = loop.now
-        untoldFailures = 0
-        logger.error(
-            "a \(request.pointee.isWrite ? "write" : "read") of \(request.pointee.length) bytes at \(request.pointee.offset) fails: \(reason)\(others)"
-        )
     }
 
     private func complete(_ request: UnsafeMutablePointer<StoreRequest>, _ code: Int32) {
@@ -340,8 +304,7 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     // MARK: Trouble
 
     func connected(_ connection: StoreConnection) {
-        let text = "connected to the store \(connection.name)"
-        if isWorthTelling(text) { logger.info("\(text)") }
+        log.tell(.info, "connected to the store \(connection.name)", at: loop.now)
     }
 
     /// Its connection is closed: nothing of it is under way.
@@ -349,18 +312,26 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
 
     func connectionFailed(_ connection: StoreConnection, _ reason: String) {
         guard !closed else { return }
-        // The next address of each shard that was served there, unless the conductor has something newer.
-        for shard in routes.indices where serves(connection, shard) {
-            routes[shard] = -1
-            if connection.failures > 1 { choices[shard] &+= 1 }
+        let text = "store \(connection.name): \(reason)"
+        if connection.wasTurnedAway {
+            // Nothing of it was begun there, and the store is well: neither it nor its other connections are left.
+            if connections.contains(where: { $0.name == connection.name && $0.state == .ready }) {
+                log.tell(.info, text, at: loop.now)
+                return sendStranded()
+            }
+        } else {
+            // The next address of each shard that was served there, unless the conductor has something newer.
+            for shard in routes.indices where serves(connection, shard) {
+                routes[shard] = -1
+                if connection.failures > 1 { choices[shard] &+= 1 }
+            }
+            if connection.lostRequests { failOthers(connection) }
         }
-        if connection.lostRequests { failOthers(connection) }
         guard !stranded.isEmpty else {
-            let text = "store \(connection.name): \(reason)"
-            if isWorthTelling(text) { logger.info("\(text)") }
+            log.tell(.info, text, at: loop.now)
             return
         }
-        report("store \(connection.name): \(reason)")
+        report(text)
         scheduleReopen()
     }
 
@@ -380,18 +351,7 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     /// Says what is wrong once, not for every request and try.
     private func report(_ reason: String) {
         trouble = reason
-        guard isWorthTelling(reason) else { return }
-        isAnnounced = true
-        logger.warning("I/O waits: \(reason)")
-    }
-
-    /// Whether it was not logged of late. A store that fails again and again does not fill the log, whatever it says.
-    private func isWorthTelling(_ text: String) -> Bool {
-        if let last = told[text], loop.now &- last < Self.repetition { return false }
-        if told.count >= Self.mostTold { told = told.filter { loop.now &- $0.value < Self.repetition } }
-        guard told.count < Self.mostTold else { return false }
-        told[text] = loop.now
-        return true
+        if log.tell(.warning, "I/O waits: \(reason)", at: loop.now) { isAnnounced = true }
     }
 
     @inline(__always)
@@ -404,7 +364,7 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
         guard stranded.isEmpty, !connections.contains(where: { $0.failures > 0 && !$0.isIdle }) else { return }
         troubles = 0
         trouble = nil
-        if isAnnounced { logger.info("I/O goes on") }
+        if isAnnounced { log.logger.info("I/O goes on") }
         isAnnounced = false
     }
 
@@ -464,37 +424,34 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     }
 
     private func adopt(_ new: VolumeLayout) {
-        let moved = new.shards != layout.shards
+        let old = layout.shards
         layout = new
-        guard moved else { return }
-        let grown = new.shards.count - routes.count
-        routes += Array(repeating: -1, count: max(grown, 0))
-        choices += Array(repeating: 0, count: max(grown, 0))
-        for shard in routes.indices {
-            routes[shard] = -1
-            choices[shard] = 0
-        }
-        // What waited for a store that does not serve it any more goes where it is served now.
+        guard new.shards != old else { return }
+        routes = Array(repeating: -1, count: new.shards.count)
+        choices += Array(repeating: 0, count: max(new.shards.count - choices.count, 0))
+        for shard in old.indices where new.shards[shard] != old[shard] { choices[shard] = 0 }
+        // What waited for a store that does not serve it any more goes where it is served now. What is in flight there
+        // may never be answered: it does the same, and nothing is left of the connections to that store.
+        var left: Set<String> = []
         for connection in connections {
-            var waiting = connection.takeWaiting()
-            while let request = waiting.removeFirst() { stranded.append(request) }
+            take(connection.takeWaiting())
+            if connection.hasInFlight(where: { address(of: Int($0.shard)) != connection.name }) {
+                left.insert(connection.name)
+            }
         }
-        leaveStrays()
+        let named = Set(new.shards.flatMap(\.addresses))
+        for connection in connections where left.contains(connection.name) || !named.contains(connection.name) {
+            take(connection.withdraw())
+        }
+        connections.removeAll { !named.contains($0.name) }
         sendStranded()
-        let text = "the shards are served by \(Set(new.shards.compactMap(\.addresses.first)).sorted())"
-        if isWorthTelling(text) { logger.info("\(text)") }
+        log.tell(
+            .info, "the shards are served by \(Set(new.shards.compactMap(\.addresses.first)).sorted())", at: loop.now)
     }
 
-    /// Closes the connections to stores that serve no shard any more, each when it has its last answer.
-    private func leaveStrays() {
-        let named = Set(layout.shards.flatMap(\.addresses))
-        var busy: Set<String> = []
-        for connection in connections where !named.contains(connection.name) {
-            if connection.isIdle { connection.close() } else { busy.insert(connection.name) }
-        }
-        hasStrays = !busy.isEmpty
-        connections.removeAll { !named.contains($0.name) && !busy.contains($0.name) }
-        for shard in routes.indices { routes[shard] = -1 }
+    private func take(_ requests: StoreQueue) {
+        var requests = requests
+        while let request = requests.removeFirst() { stranded.append(request) }
     }
 
     // MARK: Time
@@ -514,6 +471,13 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
         if let newer { newer.pointee.older = older } else { newest = older }
     }
 
+    private func watch() {
+        failExpired()
+        doubtSilent()
+        if oldest != nil { watchdog?.arm(after: Self.watch) }
+        loop.runAgain()
+    }
+
     private func failExpired() {
         while let request = oldest, request.pointee.deadline <= loop.now {
             var expired = stranded.removeExpired(at: loop.now)
@@ -524,14 +488,33 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
                 expired.append(request)
             }
             while let request = expired.removeFirst() {
-                tellFailure(
+                log.tellFailure(
                     request,
-                    "not done after \(settings.ioTimeout / 1_000_000_000) s: \(trouble ?? "the store does not answer")")
+                    "not done after \(settings.ioTimeout / 1_000_000_000) s: \(trouble ?? "the store does not answer")",
+                    at: loop.now)
                 complete(request, EIO)
             }
         }
-        if hasStrays { leaveStrays() }
-        if oldest != nil { watchdog?.arm(after: Self.watch) }
-        loop.runAgain()
+    }
+
+    /// An answer that is late may never come. At first the conductor is asked, which may know of another store; later the
+    /// connection is closed, and its requests are sent again, the late one to the next address of its shard.
+    private func doubtSilent() {
+        let doubt = min(settings.connectTimeout, settings.ioTimeout / 4)
+        let arrival = loop.now &+ settings.ioTimeout &- doubt
+        guard let oldest, oldest.pointee.deadline <= arrival else { return }
+        var asks = false
+        for connection in connections {
+            guard let request = connection.longestInFlight() else { continue }
+            let age = loop.now &- request.pointee.sent
+            asks = asks || age >= doubt
+            guard age >= settings.ioTimeout / 2 else { continue }
+            let shard = Int(request.pointee.shard)
+            let choice = choices[shard]
+            let isServed = serves(connection, shard)
+            connection.fail("no answer to a request within \(settings.ioTimeout / 2_000_000) ms")
+            if isServed, choices[shard] == choice { choices[shard] &+= 1 }
+        }
+        if asks, pause?.isArmed == false, loop.now &- lastReopen >= doubt { reopen() }
     }
 }

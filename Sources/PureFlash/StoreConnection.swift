@@ -17,6 +17,8 @@ final class StoreConnection: EventSource {
 
     private static let inputCapacity = 256 << 10
     private static let vectorCapacity = 512
+    /// Nanoseconds before a store that had no room is asked again while there are other connections to it.
+    private static let rest: UInt64 = 5_000_000_000
 
     /// As the conductor names it.
     let name: String
@@ -64,6 +66,12 @@ final class StoreConnection: EventSource {
     private(set) var lastFailure: String?
     /// When it failed last, the store had requests of it.
     private(set) var lostRequests = false
+    /// Since the handshake.
+    private var hasAnswered = false
+    /// It failed last because the store had no room for another connection: that closes it right after a good handshake.
+    private(set) var wasTurnedAway = false
+    /// The loop's time before which the other connections to the store are used, if there are any.
+    private(set) var restsUntil: UInt64 = 0
 
     init(
         name: String, address: StoreAddress, volumeID: UInt64, settings: PureFlashSettings, loop: EventLoop,
@@ -127,6 +135,16 @@ final class StoreConnection: EventSource {
         return false
     }
 
+    /// Whether one of those in flight is like that.
+    func hasInFlight(where condition: (StoreRequest) -> Bool) -> Bool {
+        (0..<depth).contains { index in slots[index].map { condition($0.pointee) } ?? false }
+    }
+
+    /// What has waited longest for its answer here.
+    func longestInFlight() -> UnsafeMutablePointer<StoreRequest>? {
+        (0..<depth).lazy.compactMap { [slots] in slots[$0] }.min { $0.pointee.sent < $1.pointee.sent }
+    }
+
     /// Moves what waits elsewhere.
     func takeWaiting() -> StoreQueue {
         defer { waiting = StoreQueue() }
@@ -166,7 +184,9 @@ final class StoreConnection: EventSource {
         set(SOL_SOCKET, SO_KEEPALIVE, 1)
         set(Int32(IPPROTO_TCP), TCP_KEEPIDLE, 5)
         set(Int32(IPPROTO_TCP), TCP_KEEPINTVL, 2)
-        set(Int32(IPPROTO_TCP), TCP_USER_TIMEOUT, Int32(clamping: settings.connectTimeout / 1_000_000))
+        // It is no limit for one that reads nothing: the kernel would give up without telling the store, which would go
+        // on with what it has when it goes on. The volume gives up earlier, and with a reset.
+        set(Int32(IPPROTO_TCP), TCP_USER_TIMEOUT, Int32(clamping: settings.ioTimeout / 1_000_000 + 5000))
         let result = withUnsafePointer(to: address.storage) { storage in
             storage.withMemoryRebound(to: sockaddr.self, capacity: 1) { Glibc.connect(socket, $0, address.length) }
         }
@@ -220,7 +240,7 @@ final class StoreConnection: EventSource {
         wait(for: handshakeSent < StoreHandshake.size ? EPOLLOUT.rawValue | EPOLLIN.rawValue : EPOLLIN.rawValue)
     }
 
-    private func code(_ code: Int32) { fail("send: \(errnoText(code))") }
+    private func code(_ code: Int32) { ended("send: \(errnoText(code))") }
 
     private func finishHandshake() {
         guard end - start >= StoreHandshake.size, let input else { return }
@@ -230,12 +250,14 @@ final class StoreConnection: EventSource {
         guard answer.result == 0 else {
             return fail("the store refused the volume (\(answer.result)): it does not serve it, or not yet")
         }
-        guard answer.depth > 0, answer.depth <= settings.depth else {
+        guard answer.depth > 0, Int(answer.depth) <= StoreProtocol.maximumDepth else {
             return fail("a handshake with a depth of \(answer.depth)")
         }
         patience?.cancel()
         patience = nil
-        depth = Int(answer.depth)
+        // It may grant more than it was asked for.
+        depth = min(Int(answer.depth), settings.depth)
+        hasAnswered = false
         for index in 0..<depth { freeIDs[index] = UInt16(depth - 1 - index) }
         freeCount = depth
         state = .ready
@@ -259,6 +281,7 @@ final class StoreConnection: EventSource {
             let id = freeIDs[freeCount]
             slots[Int(id)] = request
             owner.encode(request, id: id)
+            request.pointee.sent = loop.now
             request.pointee.isSent = false
             request.pointee.received = 0
             sending.append(request)
@@ -353,11 +376,11 @@ final class StoreConnection: EventSource {
             if state == .shakingHands { finishHandshake() }
             if state == .ready { parse() }
         } else if count == 0 {
-            fail(
+            ended(
                 inFlight > 0 || state == .shakingHands || failures > 0
                     ? "the store closed the connection" : "the store closed the connection while it was idle")
         } else if errno != EAGAIN, errno != EINTR {
-            fail("receive: \(errnoText(errno))")
+            ended("receive: \(errnoText(errno))")
         }
     }
 
@@ -376,9 +399,6 @@ final class StoreConnection: EventSource {
                 continue
             }
             guard end - start >= StoreReply.size else { return }
-            guard StoreReply.isWellFormed(input.base + start) else {
-                return fail("bytes where a reply should begin that are none")
-            }
             let reply = StoreReply(decoding: input.base + start)
             start += StoreReply.size
             guard Int(reply.id) < depth, let request = slots[Int(reply.id)],
@@ -387,7 +407,7 @@ final class StoreConnection: EventSource {
                 return fail("an answer to nothing that was asked (id \(reply.id), sequence \(reply.sequence))")
             }
             // The data of a read follows, and only when it succeeded.
-            if !request.pointee.isWrite, reply.status.code == .success, !reply.status.asksToReopen {
+            if !request.pointee.isWrite, reply.status == .success {
                 reading = request
                 readingReply = reply
                 continue
@@ -398,6 +418,8 @@ final class StoreConnection: EventSource {
 
     private func finish(_ request: UnsafeMutablePointer<StoreRequest>, _ reply: StoreReply) {
         failures = 0
+        restsUntil = 0
+        hasAnswered = true
         release(reply.id)
         owner.answered(request, reply, by: self)
     }
@@ -411,18 +433,32 @@ final class StoreConnection: EventSource {
 
     // MARK: The end of a connection
 
+    /// By the store, or on the way there.
+    private func ended(_ reason: String) {
+        guard state == .ready, !hasAnswered, start == end, reading == nil else { return fail(reason) }
+        restsUntil = loop.now &+ Self.rest
+        fail("the store has no room for another connection", turnedAway: true)
+    }
+
     /// Closes it first; then everything that was under way on it goes back to the volume.
-    func fail(_ reason: String) {
+    func fail(_ reason: String, turnedAway: Bool = false) {
         lostRequests = inFlight > 0 || hasAbandoned
         lastFailure = reason
-        close()
+        wasTurnedAway = turnedAway
         failures += 1
+        var orphans = withdraw()
+        while let request = orphans.removeFirst() { owner.orphaned(request) }
+        owner.connectionFailed(self, reason)
+    }
+
+    /// Closes it first; then gives back everything that was under way on it.
+    func withdraw() -> StoreQueue {
+        close()
         socketIsFull = false
         sentOfFirst = 0
         sending = StoreQueue()
         reading = nil
-        var orphans = waiting
-        waiting = StoreQueue()
+        var orphans = takeWaiting()
         for index in 0..<depth {
             guard let request = slots[index] else { continue }
             slots[index] = nil
@@ -431,7 +467,6 @@ final class StoreConnection: EventSource {
         }
         depth = 0
         freeCount = 0
-        while let request = orphans.removeFirst() { owner.orphaned(request) }
-        owner.connectionFailed(self, reason)
+        return orphans
     }
 }

@@ -14,6 +14,8 @@ package enum StoreProtocol {
     package static let objectSize: UInt64 = 64 << 20
     /// Bytes of one shard; the last of a volume may be shorter.
     package static let shardSize: UInt64 = 64 << 30
+    /// Bytes: a replica's id leaves 20 bits for the index of its shard.
+    package static let maximumVolume = shardSize << 20
     /// `snapshot` of the volume itself.
     package static let head = UInt32.max
     /// Volume ids are multiples of it.
@@ -136,7 +138,8 @@ package struct StoreCommand: Equatable, Sendable {
     }
 }
 
-/// A store's answer to a command. The data of a read follows it, and only when it succeeded.
+/// A store's answer to a command. The data of a read follows it, and only when its status is 0. A store may leave
+/// anything in the bytes that have no meaning.
 package struct StoreReply: Equatable, Sendable {
     /// Bytes on the wire, without the data of a read.
     package static let size = 32
@@ -149,14 +152,6 @@ package struct StoreReply: Equatable, Sendable {
     /// The command's.
     package var sequence: UInt32
     package var block: UInt32 = 0
-
-    /// Whether the fields without a meaning are zero: the only mark by which a reply is known from other bytes.
-    /// - Parameter bytes: `size` bytes of any alignment.
-    @inline(__always)
-    package static func isWellFormed(_ bytes: UnsafeRawPointer) -> Bool {
-        bytes.load(littleEndian: UInt16.self, at: 6) == 0 && bytes.load(littleEndian: UInt64.self, at: 16) == 0
-            && bytes.load(littleEndian: UInt64.self, at: 24) == 0
-    }
 
     package init(status: StoreStatus, metaVersion: UInt16 = 0, id: UInt16, sequence: UInt32) {
         self.status = status
@@ -212,6 +207,14 @@ package struct StoreStatus: RawRepresentable, Equatable, Sendable, CustomStringC
     package var isDegraded: Bool { rawValue & Self.degradeFlag != 0 }
     /// The client's view of the volume is stale: open it again, then send the command again.
     package var asksToReopen: Bool { rawValue & Self.reopenFlag != 0 }
+    /// The command was not done and may be later, there or at another store, when the volume was opened again: the
+    /// store has lost its peers, its conductor, its memory or its role, not the data.
+    package var mayPass: Bool {
+        switch code.rawValue {
+        case 0x05...0x07, 0x09, 0x82, 0xC0, 0xC3, 0xC5, 0xC7...0xC9, 0xCE, 0xCF: true
+        default: asksToReopen
+        }
+    }
     package var withReopen: StoreStatus { StoreStatus(rawValue: rawValue | Self.reopenFlag) }
 
     private static let names: [UInt16: String] = [

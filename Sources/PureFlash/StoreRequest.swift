@@ -17,6 +17,8 @@ struct StoreRequest {
     /// The volume's layout by which it was sent.
     var view: UInt32 = 0
     var isWrite: Bool
+    /// The loop's time at which its connection took it to send, this time.
+    var sent: UInt64 = 0
     /// All of it is in the socket: an answer may come.
     var isSent = false
     /// Of a read's data.

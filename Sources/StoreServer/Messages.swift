@@ -36,11 +36,6 @@ package struct RefusedRequest: Error, Sendable, CustomStringConvertible {
     package var description: String { reason }
 }
 
-extension StoreProtocol {
-    /// Bytes: a replica's id leaves 20 bits for the index of its shard.
-    static let maximumVolume = shardSize << 20
-}
-
 enum StoreJSON {
     static func encode(_ value: some Encodable) -> String {
         let encoder = JSONEncoder()
@@ -87,7 +82,8 @@ package struct VolumeOrder: Codable, Sendable {
 
     package var op: String
     package var status = "OK"
-    package var tenantName: String
+    /// PureFlash's own conductor names none.
+    package var tenantName: String?
     package var volumeName: String
     package var volumeSize: UInt64
     package var volumeId: UInt64
@@ -99,6 +95,10 @@ package struct VolumeOrder: Codable, Sendable {
     package var features = 0
     /// The snapshot to make or to let be read, numbered `snapSeq`.
     package var snapshotName: String?
+
+    /// What a request means that names no tenant.
+    static let defaultTenant = "tenant_default"
+    var tenant: String { tenantName ?? Self.defaultTenant }
 }
 
 struct OpenVolumeAnswer: Encodable {

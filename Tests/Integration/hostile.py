@@ -15,7 +15,7 @@ import time
 import urllib.parse
 
 from harness import KiB, MiB, free_port
-from pureflash import COMMAND, HANDSHAKE, INVALID_STATE, NOT_PRIMARY, READ, REOPEN, REPLY, SUCCESS, WRITE, addresses
+from pureflash import COMMAND, DEGRADE, HANDSHAKE, INVALID_STATE, NOT_PRIMARY, READ, REOPEN, REPLY, SUCCESS, WRITE, addresses
 
 SIZE = 64 * MiB
 TCP_ESTABLISHED = b"\x01"
@@ -30,8 +30,13 @@ class Volume:
         self.store = good
         self.conductor = None
         self.data = bytearray(SIZE)
+        self.size = SIZE
+        self.shards = 1
         self.connected = 0
         self.opened = 0
+        # Sizes that update_volume asked for, and what it does with them.
+        self.updates = []
+        self.update = lambda size: setattr(self, "size", size)
         self.writers = set()
         # Connections that came while another one of this volume and address was open: a request may have been sent
         # again while the store could still execute it.
@@ -39,10 +44,13 @@ class Volume:
 
     def layout(self, address):
         return {
-            "status": "OK", "volume_name": self.name, "volume_size": SIZE, "volume_id": self.id, "shard_count": 1,
+            "status": "OK", "volume_name": self.name, "volume_size": self.size, "volume_id": self.id,
+            "shard_count": self.shards,
             "rep_count": 1, "meta_ver": 0, "snap_seq": -1, "shard_lba_cnt_order": 36, "op": "open_volume_reply",
             "ret_code": 0,
-            "shards": [{"index": 0, "store_ips": address, "status": "OK", "is_shareddisk": 0}],
+            "shards": [
+                {"index": index, "store_ips": address, "status": "OK", "is_shareddisk": 0} for index in range(self.shards)
+            ],
         }  # fmt: skip
 
 
@@ -121,13 +129,22 @@ class Cluster:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             head = await reader.readuntil(b"\r\n\r\n")
             query = urllib.parse.parse_qs(urllib.parse.urlsplit(head.split()[1].decode()).query)
-            volume = self.volumes[query["volume_name"][0]]
-            volume.opened += 1
-            answer = volume.layout(",".join(self.addresses))
-            if volume.conductor:
-                await volume.conductor(answer, writer)
+            if query["op"][0] == "list_volume":
+                volumes = [{"id": each.id, "name": each.name, "size": each.size} for each in self.volumes.values()]
+                writer.write(http(json.dumps({"ret_code": 0, "volumes": volumes})))
+            elif query["op"][0] == "update_volume":
+                volume = self.volumes[query["volume_name"][0]]
+                volume.updates.append(int(query["size"][0]) * MiB)
+                volume.update(volume.updates[-1])
+                writer.write(http(json.dumps({"ret_code": 0})))
             else:
-                writer.write(http(json.dumps(answer)))
+                volume = self.volumes[query["volume_name"][0]]
+                volume.opened += 1
+                answer = volume.layout(",".join(self.addresses))
+                if volume.conductor:
+                    await volume.conductor(answer, writer)
+                else:
+                    writer.write(http(json.dumps(answer)))
             await writer.drain()
         writer.close()
 
@@ -209,6 +226,87 @@ def answering(bad):
     return serve
 
 
+def until_good(bad, times=1):
+    """A store that treats that many connections badly, and those after them well."""
+    left = times
+
+    async def serve(volume, hello, reader, writer, address):
+        nonlocal left
+        left -= 1
+        await (bad if left >= 0 else good)(volume, hello, reader, writer, address)
+
+    return serve
+
+
+def at(bad, address):
+    """A store that is bad at one address."""
+
+    async def serve(volume, hello, reader, writer, where):
+        await (bad if where == address else good)(volume, hello, reader, writer, where)
+
+    return serve
+
+
+def refusing_once(*statuses, opcodes=(READ, WRITE)):
+    """A store that answers each such command with these at first, without data, and then does it."""
+    seen = {}
+
+    async def serve(volume, hello, reader, writer, address):
+        writer.write(welcome(hello))
+        while True:
+            opcode, number, offset, length, sequence, payload = await receive(reader)
+            times = seen.setdefault((opcode, offset), 0)
+            seen[opcode, offset] += 1
+            if opcode in opcodes and times < len(statuses):
+                writer.write(reply(number, sequence, statuses[times]))
+                continue
+            if opcode == WRITE:
+                volume.data[offset : offset + length] = payload
+            writer.write(reply(number, sequence) + (volume.data[offset : offset + length] if opcode == READ else b""))
+
+    return serve
+
+
+async def degraded(volume, hello, reader, writer, address):
+    """All is done, and every write is told to have lost a replica."""
+    writer.write(welcome(hello))
+    while True:
+        opcode, number, offset, length, sequence, payload = await receive(reader)
+        if opcode == WRITE:
+            volume.data[offset : offset + length] = payload
+            writer.write(reply(number, sequence, DEGRADE))
+        else:
+            writer.write(reply(number, sequence) + volume.data[offset : offset + length])
+
+
+async def untidy(volume, hello, reader, writer, address):
+    """Grants more than it is asked for, and leaves anything in the bytes of replies that have no meaning."""
+    writer.write(welcome(hello, depth=255))
+    while True:
+        opcode, number, offset, length, sequence, payload = await receive(reader)
+        if opcode == WRITE:
+            volume.data[offset : offset + length] = payload
+        answer = bytearray(reply(number, sequence))
+        answer[6:8], answer[12:] = os.urandom(2), os.urandom(20)
+        writer.write(answer + (volume.data[offset : offset + length] if opcode == READ else b""))
+
+
+async def swallowing_reads(volume, hello, reader, writer, address):
+    """What a store does whose replica is out of order: writes are told to open the volume again, reads nothing."""
+    writer.write(welcome(hello))
+    while True:
+        opcode, number, _, _, sequence, _ = await receive(reader)
+        if opcode == WRITE:
+            writer.write(reply(number, sequence, REOPEN))
+
+
+def with_room_for(count):
+    async def serve(volume, hello, reader, writer, address):
+        await (good if len(volume.writers) <= count else STORES["full"][0])(volume, hello, reader, writer, address)
+
+    return serve
+
+
 def greeting(bad, stay=True):
     """A store that answers the handshake with what `bad` makes of it, and then waits, or goes."""
 
@@ -252,9 +350,9 @@ async def resetting(volume, hello, reader, writer, address):
 
 STORES = {
     # name: (behaviour, what the log says of it)
-    "noise": (answering(lambda *_: os.urandom(64 * KiB)), "where a reply should begin|nothing that was asked"),
+    "noise": (answering(lambda *_: os.urandom(64 * KiB)), "nothing that was asked"),
     "zeros": (answering(lambda *_: bytes(64 * KiB)), "nothing that was asked"),
-    "ones": (answering(lambda *_: b"\xff" * 64 * KiB), "where a reply should begin"),
+    "ones": (answering(lambda *_: b"\xff" * 64 * KiB), "nothing that was asked"),
     "otherid": (answering(lambda _, number, __, length, sequence, ___: reply(number ^ 1, sequence)), "nothing that was asked"),
     "bigid": (answering(lambda _, number, __, ___, sequence, ____: reply(0xFFFF, sequence)), "nothing that was asked"),
     "otherseq": (answering(lambda _, number, __, ___, sequence, ____: reply(number, sequence ^ 1)), "nothing that was asked"),
@@ -263,7 +361,7 @@ STORES = {
     "silent": (greeting(welcome), "does not answer|no answer"),
     "halfdata": (answering(lambda opcode, number, _, length, sequence, __: (
         reply(number, sequence) + bytes(length // 8) if opcode == READ else b"")), "does not answer|no answer"),
-    "full": (greeting(welcome, stay=False), "closed the connection"),
+    "full": (greeting(welcome, stay=False), "no room for another connection"),
     "reset": (resetting, "[Cc]onnection reset|closed the connection"),
     "mute": (greeting(lambda _: b""), "no handshake within"),
     "dripshake": (dripping_handshake, "no handshake within"),
@@ -274,7 +372,7 @@ STORES = {
     "shallow": (greeting(lambda hello: welcome(hello, depth=0)), "a depth of 0"),
     "negative": (greeting(lambda hello: welcome(hello, depth=-1)), "a depth of -1"),
     "unasked": (greeting(lambda hello: welcome(hello) + reply(0, 0) * 3), "nothing that was asked"),
-    "longshake": (greeting(lambda hello: welcome(hello) + os.urandom(MiB)), "where a reply should begin"),
+    "longshake": (greeting(lambda hello: welcome(hello) + os.urandom(MiB)), "nothing that was asked"),
     "reopen": (
         answering(lambda _, number, __, ___, sequence, ____: reply(number, sequence, REOPEN)), "answered SUCCESS, REOPEN",
     ),
@@ -361,9 +459,9 @@ CONDUCTORS = {
     "codebig": changed(ret_code=1 << 80),
     "codefloat": changed(ret_code=0.5),
     "nocode": changed(ret_code=None),
-    "refusal": changed(ret_code=2, reason="first line\nsecond line\x1b[31m\x07 end"),
-    "longrefuse": changed(ret_code=2, reason="x" * MiB),
-    "reasonlist": changed(ret_code=2, reason=["a"]),
+    "refusal": changed(ret_code=7, reason="first line\nsecond line\x1b[31m\x07 end"),
+    "longrefuse": changed(ret_code=7, reason="x" * MiB),
+    "reasonlist": changed(ret_code=7, reason=["a"]),
     "nosize": changed(volume_size=None),
     "sizetext": changed(volume_size="big"),
     "sizezero": changed(volume_size=0),
@@ -375,6 +473,7 @@ CONDUCTORS = {
     "idodd": changed(volume_id=(1 << 24) + 1),
     "idminus": changed(volume_id=-(1 << 24)),
     "snap": changed(snap_seq=5),
+    "snapzero": changed(snap_seq=0),
     "snaphuge": changed(snap_seq=1 << 40),
     "snapminus": changed(snap_seq=-2),
     "metahuge": changed(meta_ver=1 << 70),

@@ -1,6 +1,7 @@
 """A store, or a conductor, that means harm, beside good ones in the same daemon."""
 
 import contextlib
+import json
 import re
 import time
 
@@ -8,20 +9,23 @@ import nbd
 import pytest
 from bystander import Bystander
 from harness import MiB, SLOWNESS, Daemon, wait_for
-from hostile import CONDUCTORS, SLOW_CONDUCTORS, STORES, Cluster, Spent, good, lying
-from pureflash import Store
-from test_pureflash import verify
+from hostile import (
+    CONDUCTORS, SIZE, SLOW_CONDUCTORS, STORES, Cluster, Spent, at, changed, degraded, dripping_reply, good, http, lying,
+    refusing_once, saying, swallowing_reads, until_good, untidy, with_room_for,
+)  # fmt: skip
+from pureflash import DEGRADE, READ, Store
+from test_pureflash import GiB, verify
 
 IO_TIMEOUT = 1
 
 
 @contextlib.contextmanager
-def surroundings(stores=1):
+def surroundings(stores=1, open_volume_timeout=2):
     """A daemon with a volume of its own and one of a good cluster, both under a load that verifies, and a hostile
     cluster with the configuration that leads there."""
     cluster = Cluster(stores)
     store = Store().start()
-    daemon = Daemon(configuration="[client]\nopen_volume_timeout=2\n")
+    daemon = Daemon(configuration=f"[client]\nopen_volume_timeout={open_volume_timeout}\n")
     bystanders = []
     try:
         daemon.start()
@@ -223,6 +227,126 @@ def test_the_primary_is_found_among_the_stores_that_are_named():
             assert set(flight.errors) == {0}
             assert flight.seconds < 3 * SLOWNESS, f"{flight.seconds:.2f} s"
         handle.shutdown()
+
+
+LATE = {
+    # The connection is given up at half of io_timeout: name: (behaviour of the first of two stores, io_timeout, seconds)
+    "lost": (until_good(STORES["silent"][0]), 4, (1.9, 3.5)),
+    "drip": (until_good(dripping_reply), 4, (1.9, 3.5)),
+    # The next address of the shard has it.
+    "next": (STORES["silent"][0], 4, (1.9, 3.5)),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_late_answer_is_asked_for_again(name):
+    bad, io_timeout, (least, most) = LATE[name]
+    with surroundings(stores=2) as (daemon, cluster, hostile, _):
+        hostile.write_text(cluster.configuration(io_timeout=io_timeout))
+        handle = mapped(daemon, cluster, hostile, ["v"])["v"]
+        volume = cluster.volumes["v"]
+        volume.store = at(bad, cluster.addresses[0])
+        cluster.disconnect(volume)
+        flight = Flight(handle)
+        landed({"v": flight}, 10)
+        assert set(flight.errors) == {0}
+        assert least < flight.seconds < most * SLOWNESS, f"{flight.seconds:.2f} s"
+        assert volume.overlaps == 0
+        assert "no answer to a request within 2000 ms" in daemon.log()
+        handle.shutdown()
+
+
+@pytest.mark.parametrize("bad, conn_timeout", ((STORES["silent"][0], 1), (swallowing_reads, 20)), ids=("silent", "reads"))
+def test_what_is_in_flight_follows_its_shard(bad, conn_timeout):
+    """The conductor knows of another store, and no answer comes from the one that has the requests. It is asked when
+    they are late, or when that store says so to some."""
+    with surroundings(stores=2) as (daemon, cluster, hostile, _):
+        hostile.write_text(cluster.configuration(io_timeout=20, conn_timeout=conn_timeout))
+        handle = mapped(daemon, cluster, hostile, ["v"])["v"]
+        volume = cluster.volumes["v"]
+        volume.store = at(bad, cluster.addresses[0])
+        cluster.disconnect(volume)
+        flight = Flight(handle)
+        wait_for(lambda: volume.writers, "it is connected")
+        volume.layout = lambda _, original=volume.layout: original(cluster.addresses[1])
+        landed({"v": flight}, 19)
+        assert set(flight.errors) == {0}
+        assert flight.seconds < 4 * SLOWNESS, f"{flight.seconds:.2f} s"
+        assert volume.overlaps == 0
+        handle.shutdown()
+
+
+def test_a_store_without_room_for_another_connection():
+    """It is not left for another store, and keeps the connections that it has room for."""
+    with surroundings(stores=2) as (daemon, cluster, hostile, _):
+        hostile.write_text(cluster.configuration(io_timeout=20, connections_per_store=4))
+        handle = mapped(daemon, cluster, hostile, ["v"])["v"]
+        volume = cluster.volumes["v"]
+        seen = set()
+        room = with_room_for(2)
+
+        async def serve(volume, hello, reader, writer, address):
+            seen.add(address)
+            await room(volume, hello, reader, writer, address)
+
+        volume.store = serve
+        cluster.disconnect(volume)
+        before, began = volume.connected, time.monotonic()
+        verify(daemon.uri("x/v"), 3, "--size=48M")
+        elapsed = time.monotonic() - began
+        assert seen == {cluster.addresses[0]}
+        tries = volume.connected - before
+        # Two lanes are there, and two try again every five seconds.
+        assert tries <= 4 + 2 * (elapsed / 5 + 1), f"{tries} connections in {elapsed:.1f} s"
+        assert "the store has no room for another connection" in daemon.log()
+        assert daemon.json("info", "x/v")["counters"]["errors"] == 0
+        # When there is no room at all, the requests wait for it.
+        volume.store = STORES["full"][0]
+        cluster.disconnect(volume)
+        flight = Flight(handle)
+        waits = wait_for(lambda: daemon.json("info", "x/v").get("waits"), "info says that I/O waits")
+        assert "no room" in waits
+        volume.store = serve
+        landed({"v": flight}, 10)
+        assert set(flight.errors) == {0} and seen == {cluster.addresses[0]}
+        handle.shutdown()
+
+
+def test_answers_after_which_time_helps():
+    """Codes without REOPEN that say that a store cannot do it now, and one that says that data is not with it."""
+    codes = (0x05, 0x06, 0x07, 0x09, 0x82, 0xC3, 0xC5, 0xC7, 0xC8, 0xC9, 0xCE, 0xCF)
+    with surroundings() as (daemon, cluster, hostile, _):
+        hostile.write_text(cluster.configuration(io_timeout=20))
+        stores = {f"c{code:x}": refusing_once(code, code) for code in codes}
+        stores |= {"degraded": degraded, "nodata": refusing_once(DEGRADE, opcodes=[READ]), "untidy": untidy}
+        handles = mapped(daemon, cluster, hostile, stores)
+        opened = {name: volume.opened for name, volume in cluster.volumes.items()}
+        for name, volume in cluster.volumes.items():
+            volume.store = stores[name]
+            cluster.disconnect(volume)
+        flights = {name: Flight(handle) for name, handle in handles.items()}
+        landed(flights, 19)
+        for name, flight in flights.items():
+            assert set(flight.errors) == {0}, f"{name}: {flight.errors}"
+            assert flight.seconds < 5 * SLOWNESS, f"{name}: {flight.seconds:.2f} s"
+            assert handles[name].pread(65536, MiB) == b"n" * 65536, name
+            asked = cluster.volumes[name].opened - opened[name]
+            assert asked <= 10 * SLOWNESS, f"{name}: the conductor was asked {asked} times"
+        assert "answered INTERNAL" in daemon.log() and "answered SUCCESS, DEGRADE" in daemon.log()
+        opened = cluster.volumes["degraded"].opened
+        for _ in range(20):
+            handles["degraded"].pwrite(b"d" * 512, 0)
+        assert cluster.volumes["degraded"].opened == opened, "once is enough"
+        for code, errno in ((0x01, 5), (0x02, 5), (0x80, 5), (0xC1, 28), (0xC4, 5), (0xC6, 5)):
+            volume = cluster.volumes["untidy"]
+            volume.store = refusing_once(code)
+            cluster.disconnect(volume)
+            flight = Flight(handles["untidy"])
+            landed({"untidy": flight}, 10)
+            assert set(flight.errors) == {errno}, f"{code:x}: {flight.errors}"
+            assert flight.seconds < 5 * SLOWNESS
+        for handle in handles.values():
+            handle.shutdown()
 
 
 def test_a_conductor_that_names_other_stores_every_time():

@@ -165,6 +165,31 @@ def test_a_store_that_stands_still_and_goes_on(seconds):
         assert daemon.json("info", "ram/v")["counters"]["errors"] == 0
 
 
+def test_a_store_that_stands_still_for_long_keeps_its_connection():
+    """Longer than conn_timeout, and with more unsent than the sockets hold: were it given up without a reset, the store
+    would do what it has of it beside what is sent again."""
+    with cluster(conn_timeout=1) as (daemon, (store,)):
+        handle = connected(mapped(daemon))
+        handle.pwrite(bytes(MiB), 0)
+        stand_still(store)
+        began = time.monotonic()
+        done = []
+        for index in range(64):
+            data = nbd.Buffer.from_bytearray(bytearray([index + 1]) * 131072)
+            handle.aio_pwrite(data, index * 131072, completion=lambda error: done.append(error.value) or 1)
+        while time.monotonic() - began < 4:
+            handle.poll(100)
+        assert not done
+        store.process.send_signal(signal.SIGCONT)
+        while handle.aio_in_flight():
+            assert handle.poll(20_000 * SLOWNESS) == 1
+        assert done == [0] * 64
+        for index in range(64):
+            assert handle.pread(131072, index * 131072) == bytes([index + 1]) * 131072
+        assert store.faults()["seen"]["handshakes"] == 1, "the connection was made anew:\n" + daemon.log()
+        handle.shutdown()
+
+
 def test_a_cluster_that_is_away_for_a_while():
     """Store and conductor, for less than io_timeout."""
     with cluster(io_timeout=20) as (daemon, (store,)):

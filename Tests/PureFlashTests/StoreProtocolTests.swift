@@ -111,12 +111,18 @@ private func decoded<Message>(_ bytes: [UInt8], _ decode: (UnsafeRawPointer) -> 
         #expect(encoded(StoreReply.size, message.encode) == frame)
     }
 
-    @Test(arguments: [6, 7, 16, 20, 31])
-    func whatIsNoReplyIsKnownByItsZeros(at index: Int) throws {
-        var frame = [UInt8](repeating: 0, count: StoreReply.size)
-        #expect(try decoded(frame, StoreReply.isWellFormed))
-        frame[index] = 1
-        #expect(try !decoded(frame, StoreReply.isWellFormed))
+    @Test("which commands are sent again, and which fail at once")
+    func mayPass() {
+        let again = [0x05, 0x06, 0x07, 0x09, 0x82, 0xC0, 0xC3, 0xC5, 0xC7, 0xC8, 0xC9, 0xCE, 0xCF]
+        let final = [
+            0x00, 0x01, 0x02, 0x03, 0x04, 0x08, 0x80, 0xC1, 0xC2, 0xC4, 0xC6, 0xCA, 0xCB, 0xCC, 0xCD, 0x0a, 0xD0,
+        ]
+        for code in again + final {
+            let status = StoreStatus(rawValue: UInt16(code))
+            #expect(status.mayPass == again.contains(code), "\(status)")
+            #expect(StoreStatus(rawValue: UInt16(0x2000 | code)).mayPass == again.contains(code), "\(status)")
+            #expect(StoreStatus(rawValue: UInt16(0x4000 | code)).mayPass, "\(status)")
+        }
     }
 
     @Test func everyFieldOfAReply() throws {
