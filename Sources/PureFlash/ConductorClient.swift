@@ -272,17 +272,29 @@ private final class Exchange: ChannelInboundHandler {
             body += part.readableBytesView
             if body.count > Self.maximumBody { fail("sent more than \(Self.maximumBody) bytes") }
         case .end:
-            guard status == .ok else { return fail("answered with HTTP status \(status.code)") }
+            guard status == .ok else {
+                return fail("answered with HTTP status \(status.code)", status.code >= 500 ? EAGAIN : EREMOTEIO)
+            }
             promise.succeed(body)
         }
     }
 
-    func errorCaught(context: ChannelHandlerContext, error: any Error) { fail("sent no HTTP: \(error)") }
+    func errorCaught(context: ChannelHandlerContext, error: any Error) {
+        switch error {
+        case let error as IOError:
+            fail("was lost before it answered: \(String(cString: strerror(error.errnoCode)))", error.errnoCode)
+        case HTTPParserError.invalidEOFState: channelInactive(context: context)
+        default: fail("sent no HTTP: \(error)")
+        }
+    }
 
-    func channelInactive(context: ChannelHandlerContext) { fail("closed the connection before it answered") }
+    func channelInactive(context: ChannelHandlerContext) {
+        fail("closed the connection before it had answered", ECONNRESET)
+    }
 
     /// After the answer, nothing more is heard of it.
-    private func fail(_ what: String) {
-        promise.fail(BackendError(code: EREMOTEIO, message: "the conductor \(endpoint) \(what)"))
+    /// - Parameter code: one that says whether time will help: a conductor that ends or is started is there again soon.
+    private func fail(_ what: String, _ code: Int32 = EREMOTEIO) {
+        promise.fail(BackendError(code: code, message: "the conductor \(endpoint) \(what)"))
     }
 }

@@ -41,7 +41,11 @@ package final class PureFlashPool: VolumePool {
     package func grow(volume: String, to size: UInt64?) throws(BackendError) -> VolumeRecord {
         let current = try find(volume)
         guard let size else { return current }
-        return try grow(current, to: size)
+        let grown = try grow(current, to: size)
+        if (size - 1) / StoreProtocol.shardSize > (current.size - 1) / StoreProtocol.shardSize {
+            try check(open(volumeNamed: volume), has: size, volume)
+        }
+        return grown
     }
 
     func find(_ volume: String) throws(BackendError) -> VolumeRecord {
@@ -62,6 +66,18 @@ package final class PureFlashPool: VolumePool {
         return current.resized(to: size)
     }
 
+    /// A conductor may have made a volume larger, and no shards for that.
+    fileprivate func check(_ layout: VolumeLayout, has size: UInt64, _ volume: String) throws(BackendError) {
+        guard layout.size < size else { return }
+        throw BackendError(
+            code: EREMOTEIO,
+            message: layout.recordedSize < size
+                ? "the conductor was asked to grow \(name)/\(volume) to \(size) bytes, and opens it with"
+                    + " \(layout.recordedSize) bytes"
+                : "the conductor has \(size) bytes for \(name)/\(volume) now, and \(layout.shards.count) shards of 64 GiB,"
+                    + " which hold \(layout.size) bytes; it does not add shards: make a larger volume, and copy it")
+    }
+
     /// The conductor does not say when a volume was made.
     private func record(_ id: UInt64, _ volume: String, _ size: UInt64) -> VolumeRecord {
         VolumeRecord(id: id, volume: volume, size: size, blockSize: StoreProtocol.sector, created: 0)
@@ -78,6 +94,11 @@ package final class PureFlashPool: VolumePool {
             throw BackendError(
                 code: EHOSTDOWN,
                 message: "no store serves all of \(name)/\(volume): a shard has no usable replica; look at the stores")
+        }
+        if layout.size < layout.recordedSize {
+            logger.warning(
+                "\(layout.recordedSize) bytes at the conductor, which has shards for \(layout.size): the rest is not served",
+                metadata: ["volume": "\(name)/\(volume)"])
         }
         return PureFlashOpenVolume(
             pool: self, settings: settings, layout: layout, record: record(layout.id, volume, layout.size),
@@ -96,7 +117,12 @@ package final class PureFlashPool: VolumePool {
         let snapshot = parts.count > 1 ? String(parts[1]) : ""
         conductor.open(tenant: name, volume: String(parts.first ?? ""), snapshot: snapshot, within: limit) { result in
             completion(
-                result.flatMap { layout in
+                result.mapError { error in
+                    // A conductor that does not find one has no words for it.
+                    guard !snapshot.isEmpty, error.code == EREMOTEIO else { return error }
+                    return BackendError(
+                        code: error.code, message: "\(error.message); maybe there is no snapshot '\(snapshot)'")
+                }.flatMap { layout in
                     // What is not asked for must be neither read nor written.
                     guard snapshot.isEmpty == (layout.snapshot == StoreProtocol.head) else {
                         return .failure(
@@ -168,20 +194,24 @@ final class PureFlashOpenVolume: OpenVolume {
                     code: EROFS,
                     message: "\(pool.name)/\(current.volume) is mapped read-only; map it writable to grow it")
             }
-            _ = try pool.grow(current, to: size)
+            // Another host may have grown it since: asked for less, a conductor makes it smaller.
+            let known = try pool.find(current.volume)
+            guard known.id == current.id else { throw replaced(known.size) }
+            _ = try pool.grow(known, to: size)
         }
         // The conductor has prepared the new shards, and says where they are.
         let layout = try pool.open(volumeNamed: current.volume)
-        guard layout.id == current.id, layout.size >= current.size else {
-            throw BackendError(
-                code: ESTALE,
-                message:
-                    "\(pool.name)/\(current.volume) is another volume now, or a smaller one (\(layout.size) bytes);"
-                    + " unmap it")
-        }
+        guard layout.id == current.id, layout.size >= current.size else { throw replaced(layout.size) }
+        if let size { try pool.check(layout, has: size, current.volume) }
         let grown = current.resized(to: layout.size)
         known.withLock { $0 = (grown, layout) }
         return grown
+    }
+
+    private func replaced(_ size: UInt64) -> BackendError {
+        BackendError(
+            code: ESTALE,
+            message: "\(pool.name)/\(record.volume) is another volume now, or a smaller one (\(size) bytes); unmap it")
     }
 
     /// Calls back on a thread of the conductor's client.

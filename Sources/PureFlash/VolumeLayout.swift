@@ -12,17 +12,21 @@ package struct VolumeLayout: Equatable, Sendable {
     }
 
     package let id: UInt64
-    /// Bytes.
+    /// Bytes, as far as there are shards for them.
     package let size: UInt64
+    /// Bytes, as the conductor has it: more than `size` when it has made a volume larger and no shards for that.
+    package let recordedSize: UInt64
     package let metaVersion: UInt16
     /// What commands name: a snapshot's number, or `StoreProtocol.head`.
     package let snapshot: UInt32
     /// By index: shard `n` has the bytes from `n` times `StoreProtocol.shardSize` on.
     package let shards: [Shard]
 
+    /// - Parameter size: bytes, as the conductor has it.
     package init(id: UInt64, size: UInt64, metaVersion: UInt16, snapshot: UInt32, shards: [Shard]) {
         self.id = id
-        self.size = size
+        recordedSize = size
+        self.size = min(size, UInt64(shards.count) * StoreProtocol.shardSize)
         self.metaVersion = metaVersion
         self.snapshot = snapshot
         self.shards = shards
@@ -85,12 +89,23 @@ struct ConductorStatus: Decodable {
         let reason = status.reason.map { ": \($0.prefix(400))" } ?? ""
         let code: Int32 =
             switch status.code {
-            case 2: operation == "create_volume" ? EINVAL : ENOENT
+            case 2: meaning(operation, status.reason ?? "")
             case 3, 6: EEXIST
             case 7: EBUSY
             default: EREMOTEIO
             }
         return BackendError(code: code, message: "the conductor refused \(operation) (\(status.code))\(reason)")
+    }
+
+    /// Of "invalid argument". A conductor answers open_volume with it also while a store is not ready.
+    private static func meaning(_ operation: String, _ reason: String) -> Int32 {
+        switch operation {
+        case "create_volume": EINVAL
+        case "open_volume"
+        where !["not exist", "no volume", "no tenant", "no snapshot"].contains(where: reason.contains):
+            EHOSTDOWN
+        default: ENOENT
+        }
     }
 }
 
@@ -128,21 +143,25 @@ struct OpenVolumeAnswer: Decodable {
 
     /// - Throws: EPROTO with what is wrong: data is never written by a layout that is not understood.
     func layout() throws(BackendError) -> VolumeLayout {
-        guard size > 0, size % UInt64(StoreProtocol.sector) == 0, size <= UInt64(Int64.max) else {
+        guard size > 0, size % UInt64(StoreProtocol.sector) == 0, size <= StoreProtocol.maximumVolume else {
             throw Self.wrong("a volume size of \(size)")
         }
         guard id > 0, id % StoreProtocol.volumeIDUnit == 0 else { throw Self.wrong("the volume id \(id)") }
         if let shardOrder, UInt64(1) << UInt64(clamping: min(max(shardOrder, 0), 63)) != StoreProtocol.shardSize {
             throw Self.wrong("shards of 2^\(shardOrder) bytes")
         }
-        guard UInt64(shards.count) == (size - 1) / StoreProtocol.shardSize + 1, shardCount == shards.count else {
+        // There may be too few of them: a conductor makes a volume larger, and no shards for that.
+        guard (1...((size - 1) / StoreProtocol.shardSize + 1)).contains(UInt64(shards.count)),
+            shardCount == shards.count
+        else {
             throw Self.wrong("\(shards.count) shards, shard_count \(shardCount), of a volume of \(size) bytes")
         }
         let sorted = shards.sorted { $0.index < $1.index }
         guard sorted.map(\.index) == Array(0..<sorted.count) else {
             throw Self.wrong("the shards \(sorted.map(\.index))")
         }
-        guard let snapshot = snapshot == -1 ? StoreProtocol.head : UInt32(exactly: snapshot) else {
+        // A snapshot has a number from 1 on: a store gives zeros for 0.
+        guard let snapshot = snapshot == -1 ? StoreProtocol.head : UInt32(exactly: snapshot), snapshot > 0 else {
             throw Self.wrong("snap_seq \(snapshot)")
         }
         var known: [VolumeLayout.Shard] = []

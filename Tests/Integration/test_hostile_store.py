@@ -349,6 +349,67 @@ def test_answers_after_which_time_helps():
             handle.shutdown()
 
 
+def test_a_conductor_that_is_not_ready_yet():
+    """When a volume is mapped."""
+    ready_soon = {
+        "status": changed(ret_code=2, reason="Volume:x:v in status (ERROR) can't be opened"),
+        "prepare": changed(ret_code=2, reason="Failed to prepare volume v on store:192.0.2.1, for:busy"),
+        "dies": saying(b"HTTP/1.1 200 OK\r\nContent-Length: 4096\r\n\r\n{"),
+        "silent": saying(),
+        "reset": CONDUCTORS["reset"],
+        "starting": saying(http("", "503 Service Unavailable")),
+    }
+    with surroundings(open_volume_timeout=20) as (daemon, cluster, hostile, _):
+        for name, conductor in ready_soon.items():
+            volume = cluster.volume(name)
+
+            async def twice(answer, writer, volume=volume, conductor=conductor):
+                if volume.opened > 2:
+                    writer.write(http(json.dumps(answer)))
+                else:
+                    await conductor(answer, writer)
+
+            volume.conductor = twice
+            daemon.qbd("map", "--export", f"x/{name}", "-c", str(hostile)).succeeded()
+            assert volume.opened == 3, f"{name}: opened {volume.opened} times"
+        volume = cluster.volume("none")
+        volume.conductor = changed(ret_code=2, reason="Volume:x:none not exists")
+        daemon.qbd("map", "--export", "x/none", "-c", str(hostile)).failed(2, "not exists")
+        volume.conductor = changed(ret_code=1, reason=None)
+        daemon.qbd("map", "--export", "x/none@s", "-c", str(hostile)).failed(121, "maybe there is no snapshot 's'")
+
+
+def test_a_volume_that_its_conductor_makes_larger_without_shards():
+    with surroundings() as (daemon, cluster, hostile, _):
+        handle = mapped(daemon, cluster, hostile, ["v"])["v"]
+        volume = cluster.volumes["v"]
+        # Another host has grown it.
+        volume.size = 4 * SIZE
+        daemon.qbd("resize", "x/v", "-k", "128M", "-c", str(hostile)).failed(22, "can only grow")
+        assert volume.updates == [], "a volume shrinks that another host has grown"
+        daemon.qbd("resize", "x/v", "--to-store-size", "-c", str(hostile)).succeeded()
+        # A conductor that does nothing.
+        volume.update = lambda size: None
+        daemon.qbd("resize", "x/v", "-k", "1G", "-c", str(hostile)).failed(121, str(GiB), str(4 * SIZE))
+        # One that does it by half.
+        volume.update = lambda size: setattr(volume, "size", size)
+        daemon.qbd("resize", "x/v", "-k", "100G", "-c", str(hostile)).failed(121, "1 shards of 64 GiB")
+        assert volume.updates == [GiB, 100 * GiB]
+        # What there is of it is served, also anew.
+        for _ in range(2):
+            assert handle.pread(4096, 4096) == b"w" * 4096
+            handle.shutdown()
+            daemon.qbd("unmap", "x/v").succeeded()
+            handle = nbd.NBD()
+            handle.connect_uri(daemon.qbd("map", "--export", "x/v", "-c", str(hostile)).succeeded().out.strip())
+            assert handle.get_size() == 64 * GiB
+        assert "shards for" in daemon.log() and "the rest is not served" in daemon.log()
+        # One that is not mapped.
+        cluster.volume("w")
+        daemon.qbd("resize", "x/w", "-k", "100G", "-c", str(hostile)).failed(121, "1 shards of 64 GiB")
+        handle.shutdown()
+
+
 def test_a_conductor_that_names_other_stores_every_time():
     """Connections to stores that serve nothing any more are given up."""
     with surroundings(stores=24) as (daemon, cluster, hostile, _):

@@ -1,4 +1,5 @@
 import Backend
+import Glibc
 import PureFlash
 import Testing
 
@@ -44,14 +45,36 @@ import Testing
         ("2147483648", "99999999999999999999"), ("1107296256", "1107296257"), ("1107296256", "0"),
         ("\"shard_count\":1", "\"shard_count\":2"), ("\"index\":0", "\"index\":1"), ("127.0.0.1", "example.org"),
         ("127.0.0.1", "127.0.0.1:49162"), (":36", ":35"), (":36", ":-1"), (":36", ":9999"),
-        ("\"snap_seq\":-1", "\"snap_seq\":-2"), ("\"shards\"", "\"shreds\""), ("{\"status\"", "\"status\""),
+        ("\"snap_seq\":-1", "\"snap_seq\":-2"), ("\"snap_seq\":-1", "\"snap_seq\":0"), ("\"shards\"", "\"shreds\""),
+        ("{\"status\"", "\"status\""),
     ])
     func whatIsNotUnderstoodIsRefused(old: String, new: String) throws {
         let answer = try Self.changed(old, new)
         #expect { try VolumeLayout(decoding: answer) } throws: { ($0 as? BackendError)?.code == 71 }
     }
 
-    @Test(arguments: [(2, 2), (6, 17), (7, 16), (1, 121), (99, 121)])
+    @Test("a volume has the size that its shards hold")
+    func tooFewShards() throws {
+        let layout = try VolumeLayout(decoding: try Self.changed("2147483648", "107374182400"))
+        #expect(layout.size == 64 << 30)
+        #expect(layout.recordedSize == 100 << 30)
+        #expect(layout.shards.count == 1)
+    }
+
+    @Test(
+        "a store that is not ready yet is no missing volume",
+        arguments: [
+            ("Volume:t:v not exists", ENOENT), ("no volume v in tenant t", ENOENT),
+            ("no tenant 't'; tenants are pools", ENOENT), ("no snapshot 's' of volume t/v", ENOENT),
+            ("Volume:t:v in status (ERROR) can't be opened", EHOSTDOWN),
+            ("Failed to prepare volume v on store:192.0.2.1, for:busy", EHOSTDOWN), ("", EHOSTDOWN),
+        ])
+    func openingWhatIsNotReady(reason: String, expected: Int32) {
+        let answer = Array("{\"ret_code\":2,\"reason\":\"\(reason)\"}".utf8)
+        #expect { try VolumeLayout(decoding: answer) } throws: { ($0 as? BackendError)?.code == expected }
+    }
+
+    @Test(arguments: [(2, 112), (6, 17), (7, 16), (1, 121), (99, 121)])
     func refusals(code: Int, expected: Int) throws {
         let answer = Array("{\"ret_code\":\(code),\"reason\":\"not today\"}".utf8)
         #expect { try VolumeLayout(decoding: answer) } throws: { error in
