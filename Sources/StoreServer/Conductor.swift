@@ -81,10 +81,8 @@ actor Conductor {
 
     // MARK: Parameters
 
-    private static let defaultTenant = "tenant_default"
-
     private static func tenant(_ query: HTTPQuery) -> String {
-        guard let name = query.parameters["tenant_name"], !name.isEmpty else { return defaultTenant }
+        guard let name = query.parameters["tenant_name"], !name.isEmpty else { return VolumeOrder.defaultTenant }
         return name
     }
 

@@ -53,7 +53,7 @@ actor StoreNode {
 
     /// Does what a conductor says; orders for one volume one after the other.
     func obey(_ order: VolumeOrder) async throws(RefusedRequest) {
-        let key = "\(order.tenantName)/\(order.volumeName)"
+        let key = "\(order.tenant)/\(order.volumeName)"
         let before = turns.before(key)
         let outcome = Answer<RefusedRequest?>()
         let task = Task {
@@ -69,11 +69,14 @@ actor StoreNode {
         if let refusal = outcome.take({ nil }) { throw refusal }
     }
 
+    /// Of a volume that is served here; of others it comes with prepare_volume.
+    func setMetaVersion(_ version: UInt16, of id: UInt64) async { await volume(id)?.setMetaVersion(version) }
+
     private func perform(_ order: VolumeOrder) async throws(RefusedRequest) {
-        guard let pool = pools[order.tenantName] else {
+        guard let pool = pools[order.tenant] else {
             throw RefusedRequest(
                 .invalidArgument,
-                "the store \(address) has no tenant \(order.tenantName); add a section [pool.\(order.tenantName)] to its"
+                "the store \(address) has no tenant \(order.tenant); add a section [pool.\(order.tenant)] to its"
                     + " configuration")
         }
         try check(order)
@@ -91,7 +94,7 @@ actor StoreNode {
                 try await release(order)
                 try delete(order, pool)
             case "resize_volume": try await resize(order, pool)
-            case "set_meta_ver": await volume(order.volumeId)?.setMetaVersion(order.metaVer)
+            case "set_meta_ver": await setMetaVersion(order.metaVer, of: order.volumeId)
             default: throw BackendError(code: EINVAL, message: "a store has no operation \(order.op)")
             }
         } catch { throw RefusedRequest(error) }

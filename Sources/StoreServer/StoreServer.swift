@@ -111,9 +111,17 @@ package final class StoreServer: Sendable {
             guard query.path == "/api" || query.path == "/api/" else {
                 throw RefusedRequest(.failed, "a store is asked at /api?op=OPERATION")
             }
-            var order = try StoreJSON.decode(VolumeOrder.self, from: query.body)
-            order.op = query.operation
-            try await node.obey(order)
+            if query.operation == "set_meta_ver", query.body.isEmpty {
+                // As PureFlash's own conductor says it.
+                guard let id = query.parameters["volume_id"].flatMap({ UInt64($0) }),
+                    let version = query.parameters["meta_ver"].flatMap({ Int64($0) })
+                else { throw RefusedRequest(.invalidArgument, "volume_id or meta_ver is missing, or is no number") }
+                await node.setMetaVersion(UInt16(truncatingIfNeeded: version), of: id)
+            } else {
+                var order = try StoreJSON.decode(VolumeOrder.self, from: query.body)
+                order.op = query.operation
+                try await node.obey(order)
+            }
             return StoreJSON.encode(PlainAnswer(op: query.operation + "_reply", retCode: 0, reason: ""))
         } catch {
             return StoreJSON.encode(

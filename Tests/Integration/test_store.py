@@ -829,6 +829,33 @@ def test_orders_that_are_refused(store, pool, change, word):
         assert client.read((1 << 30) - 512, 512) == bytes(512), "the volume is what it was"
 
 
+def test_orders_of_pureflash_s_own_conductor(new_store):
+    """It names no tenant, and asks for a version without a body."""
+    store = new_store()
+    store.config.write_text(store.config.read_text() + "[pool.tenant_default]\ntype=memory\n")
+    store.start()
+    store.create("tenant_default", "test_v1", 2 << 30)
+    number = store.ok("list_volume", tenant_name="tenant_default")["volumes"][0]["id"]
+    # As recorded, but for the volume's id.
+    order = """{"op": "prepare_volume", "status": "OK", "volume_name": "test_v1", "volume_size": 2147483648,
+        "volume_id": %d, "shard_count": 1, "rep_count": 1, "meta_ver": 0, "snap_seq": 1, "shards": [{"index": 0,
+        "replicas": [{"id": %d, "index": 0, "store_id": 1, "tray_uuid": "c33357a5-da7e-481d-a8d8-4aeec7629efb",
+        "status": "OK", "rep_ports": "%s"}], "primary_rep_index": 0, "status": "OK"}], "features": 0}"""
+    api = f"http://{store.address}:{store.store_port}/api?op="
+    order = (order % (number, number, store.address)).encode()
+    with urllib.request.urlopen(api + "prepare_volume&name=test_v1", order, timeout=30) as response:
+        assert json.loads(response.read())["ret_code"] == 0
+    with store.connect(number) as client:
+        assert client.write(0, b"a" * 512) == SUCCESS
+        with urllib.request.urlopen(f"{api}set_meta_ver&volume_id={number}&meta_ver=3", timeout=30) as response:
+            assert json.loads(response.read())["ret_code"] == 0
+        client.ask(READ, 0, 512)
+        assert client.reply()[:2] == (REOPEN, 3)
+        assert client.read(0, 512, meta_version=3) == b"a" * 512
+    with urllib.request.urlopen(f"{api}set_meta_ver&volume_id=x", timeout=30) as response:
+        assert json.loads(response.read())["ret_code"] == 2
+
+
 # The command line
 
 
