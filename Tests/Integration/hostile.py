@@ -7,6 +7,7 @@ done to one daemon at the same time.
 import asyncio
 import contextlib
 import json
+import mmap
 import os
 import socket
 import struct
@@ -29,7 +30,8 @@ class Volume:
         self.name = name
         self.store = good
         self.conductor = None
-        self.data = bytearray(SIZE)
+        # Takes no memory where nothing was written.
+        self.data = mmap.mmap(-1, SIZE)
         self.size = SIZE
         self.shards = 1
         self.connected = 0
