@@ -106,10 +106,11 @@ bench: need-bench .build/malloc_count.so ## Measure beside nbdkit and qemu-nbd (
 # Testing
 
 .PHONY: test
-test: need-tests check build-tests fuzz-short unit integration ## Checks, short fuzzing, unit and integration tests; devices are `test-vm`
+test: need-tests check build-tests fuzz-short unit integration vm ## All tests: checks, short fuzzing, unit, integration, devices in a virtual machine
 	@echo; echo "make test: all of it passed"
 	@grep -h 'Test run with' $(LOGS)/unit.log | tail -n 1
 	@tail -n 1 $(LOGS)/integration.log
+	@grep -hE '^=+ .* (passed|failed)' $(LOGS)/vm.log
 
 .PHONY: test-unit
 test-unit: build-tests unit ## Only the unit tests
