@@ -31,7 +31,7 @@ package final class Session: EventSource {
     /// Payload and read data a session may hold at a time, unless one request alone is larger.
     static let maximumHeldBytes = 16 << 20
     /// Nanoseconds: what going to sleep and waking up cost, and a sleep that was not worth it.
-    static let pollTime: UInt64 = 10_000
+    static let pollTime: UInt64 = 20_000
     static let shortSleep: UInt64 = 250_000
 
     /// For the log: "unix" or the peer's address.
