@@ -187,15 +187,18 @@ def reply(number, sequence, status=SUCCESS):
     return REPLY.pack(status, 0, number, 0, sequence, 0)
 
 
+def do(volume, opcode, offset, length, payload):
+    """Reads or writes, and returns what follows the reply."""
+    if opcode == WRITE:
+        volume.data[offset : offset + length] = payload
+    return volume.data[offset : offset + length] if opcode == READ else b""
+
+
 async def good(volume, hello, reader, writer, address):
     writer.write(welcome(hello))
     while True:
         opcode, number, offset, length, sequence, payload = await receive(reader)
-        if opcode == WRITE:
-            volume.data[offset : offset + length] = payload
-        writer.write(reply(number, sequence))
-        if opcode == READ:
-            writer.write(volume.data[offset : offset + length])
+        writer.write(reply(number, sequence) + do(volume, opcode, offset, length, payload))
         await writer.drain()
 
 
@@ -205,14 +208,11 @@ async def lying(volume, hello, reader, writer, address):
     reads = 0
     while True:
         opcode, number, offset, length, sequence, payload = await receive(reader)
-        writer.write(reply(number, sequence))
-        if opcode == WRITE:
-            volume.data[offset : offset + length] = payload
-        else:
-            data = bytearray(volume.data[offset : offset + length])
+        data = bytearray(do(volume, opcode, offset, length, payload))
+        if opcode == READ:
             reads += 1
             data[length // 2] ^= reads % 10 == 0
-            writer.write(data)
+        writer.write(reply(number, sequence) + data)
         await writer.drain()
 
 
@@ -262,9 +262,7 @@ def refusing_once(*statuses, opcodes=(READ, WRITE)):
             if opcode in opcodes and times < len(statuses):
                 writer.write(reply(number, sequence, statuses[times]))
                 continue
-            if opcode == WRITE:
-                volume.data[offset : offset + length] = payload
-            writer.write(reply(number, sequence) + (volume.data[offset : offset + length] if opcode == READ else b""))
+            writer.write(reply(number, sequence) + do(volume, opcode, offset, length, payload))
 
     return serve
 
@@ -274,11 +272,8 @@ async def degraded(volume, hello, reader, writer, address):
     writer.write(welcome(hello))
     while True:
         opcode, number, offset, length, sequence, payload = await receive(reader)
-        if opcode == WRITE:
-            volume.data[offset : offset + length] = payload
-            writer.write(reply(number, sequence, DEGRADE))
-        else:
-            writer.write(reply(number, sequence) + volume.data[offset : offset + length])
+        status = DEGRADE if opcode == WRITE else SUCCESS
+        writer.write(reply(number, sequence, status) + do(volume, opcode, offset, length, payload))
 
 
 async def untidy(volume, hello, reader, writer, address):
@@ -286,11 +281,9 @@ async def untidy(volume, hello, reader, writer, address):
     writer.write(welcome(hello, depth=255))
     while True:
         opcode, number, offset, length, sequence, payload = await receive(reader)
-        if opcode == WRITE:
-            volume.data[offset : offset + length] = payload
         answer = bytearray(reply(number, sequence))
         answer[6:8], answer[12:] = os.urandom(2), os.urandom(20)
-        writer.write(answer + (volume.data[offset : offset + length] if opcode == READ else b""))
+        writer.write(answer + do(volume, opcode, offset, length, payload))
 
 
 async def swallowing_reads(volume, hello, reader, writer, address):

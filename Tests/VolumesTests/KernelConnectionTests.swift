@@ -29,18 +29,20 @@ import Volumes
         }
     }
 
-    @Test func whatWasNotBegunOnADeadConnectionNeverBegins() async throws {
+    /// - Parameter peer: nil for the kernel; of other clients, what waits are writes of the same bytes.
+    @Test(arguments: [nil, "unix"])
+    func whatWasNotBegunOnADeadConnectionNeverBegins(peer: String?) async throws {
         try await withVolume { volume, backend in
-            let first = try KernelEnd(volume)
+            let first = try KernelEnd(volume, peer: peer)
             first.write(mark: 1)
             await backend.waitUntilBegun([1])
             first.shutDown()
-            let second = try KernelEnd(volume)
+            let second = try KernelEnd(volume, peer: peer)
             second.write(mark: 2)
             await waitUntil { await volume.status()?.inFlight == 2 }
             second.shutDown()
             await waitUntil { await volume.status()?.inFlight == 1 }
-            let third = try KernelEnd(volume)
+            let third = try KernelEnd(volume, peer: peer)
             third.write(mark: 3)
             await waitUntil { await volume.status()?.inFlight == 2 }
             backend.complete(1)
@@ -110,27 +112,6 @@ import Volumes
             await backend.waitUntilBegun([1, 3, 2, 4])
             backend.complete(4)
             #expect(second.readReplies(1) == [4])
-        }
-    }
-
-    @Test func whatWaitsBehindAnotherClientAndLosesItsConnectionNeverBegins() async throws {
-        try await withVolume { volume, backend in
-            let first = try KernelEnd(volume, peer: "unix")
-            first.write(mark: 1)
-            await backend.waitUntilBegun([1])
-            first.shutDown()
-            let second = try KernelEnd(volume, peer: "unix")
-            second.write(mark: 2)
-            await waitUntil { await volume.status()?.inFlight == 2 }
-            second.shutDown()
-            await waitUntil { await volume.status()?.inFlight == 1 }
-            let third = try KernelEnd(volume, peer: "unix")
-            third.write(mark: 3)
-            await waitUntil { await volume.status()?.inFlight == 2 }
-            backend.complete(1)
-            await backend.waitUntilBegun([1, 3])
-            backend.complete(3)
-            #expect(third.readReplies(1) == [3])
         }
     }
 

@@ -146,6 +146,26 @@ def mounted(device, *options, name="a", check=True):
                 run(["umount", "--lazy", path])
 
 
+@contextlib.contextmanager
+def mapped_disk(name, size, *options):
+    """A disk of `size` bytes with ext4 on it, mounted, behind the device mapper as test-NAME; the loop device below it,
+    and where it is mounted. Whatever a test did to it, it answers again in the end."""
+    mapper = f"test-{name}"
+    path = SCRATCH / f"{name}.disk"
+    with open(path, "wb") as file:
+        file.truncate(size)
+    sh("modprobe", "-a", "dm-mod", "loop")
+    loop = sh("losetup", "--find", "--show", path).strip()
+    sh("dmsetup", "create", mapper, "--table", f"0 {size // 512} linear {loop} 0")
+    sh("mkfs.ext4", "-q", *options, f"/dev/mapper/{mapper}")
+    with contextlib.ExitStack() as stack:
+        stack.callback(sh, "losetup", "--detach", loop)
+        stack.callback(sh, "dmsetup", "remove", "--retry", mapper)
+        where = stack.enter_context(mounted(f"/dev/mapper/{mapper}", name=name))
+        stack.callback(run, ["dmsetup", "resume", mapper])
+        yield loop, where
+
+
 def write_pattern(device, word, offset=0, length=MiB):
     """Writes `word` again and again, past the page cache, in a process of its own."""
     data = (f"{word:<15}\n".encode() * (length // 16))[:length]

@@ -11,7 +11,7 @@ import nbd
 import pytest
 
 from harness import KiB, MiB, wait_for
-from machine import SCRATCH, mounted, run, sh
+from machine import SCRATCH, mapped_disk, mounted, sh
 
 FIBMAP = 1
 BLOCK = 4096
@@ -80,18 +80,7 @@ class Disk:
 
 @pytest.fixture
 def disk():
-    path = SCRATCH / "failing.disk"
-    with open(path, "wb") as file:
-        file.truncate(Disk.SECTORS * 512)
-    sh("modprobe", "-a", "dm-mod", "loop")
-    loop = sh("losetup", "--find", "--show", path).strip()
-    sh("dmsetup", "create", "test-disk", "--table", f"0 {Disk.SECTORS} linear {loop} 0")
-    sh("mkfs.ext4", "-q", "-b", BLOCK, "/dev/mapper/test-disk")
-    with contextlib.ExitStack() as stack:
-        stack.callback(sh, "losetup", "--detach", loop)
-        stack.callback(sh, "dmsetup", "remove", "--retry", "test-disk")
-        where = stack.enter_context(mounted("/dev/mapper/test-disk", name="disk"))
-        stack.callback(run, ["dmsetup", "resume", "test-disk"])
+    with mapped_disk("disk", Disk.SECTORS * 512, "-b", BLOCK) as (loop, where):
         yield Disk(loop, where / "pool")
 
 

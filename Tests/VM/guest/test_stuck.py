@@ -1,6 +1,5 @@
 """A store that does not answer: nobody else waits for it, nothing is written twice in the wrong order."""
 
-import contextlib
 import pathlib
 import re
 import subprocess
@@ -11,7 +10,7 @@ import pytest
 
 from harness import wait_for
 from load import Load
-from machine import IO_ERROR, SCRATCH, connected_devices, mounted, names, read_pattern, run, sh, write_pattern
+from machine import IO_ERROR, connected_devices, mapped_disk, names, read_pattern, sh, write_pattern
 
 # What the driver logs when it ends a connection for a request that takes too long.
 GIVEN_UP = re.compile(r"Connection timed out, retrying")
@@ -32,18 +31,7 @@ class Store:
 
 @pytest.fixture
 def store():
-    disk = SCRATCH / "store.disk"
-    with open(disk, "wb") as file:
-        file.truncate(512 << 20)
-    sh("modprobe", "-a", "dm-mod", "loop")
-    loop = sh("losetup", "--find", "--show", disk).strip()
-    sh("dmsetup", "create", "test-store", "--table", f"0 {512 << 11} linear {loop} 0")
-    sh("mkfs.ext4", "-q", "/dev/mapper/test-store")
-    with contextlib.ExitStack() as stack:
-        stack.callback(sh, "losetup", "--detach", loop)
-        stack.callback(sh, "dmsetup", "remove", "--retry", "test-store")
-        path = stack.enter_context(mounted("/dev/mapper/test-store", name="store"))
-        stack.callback(run, ["dmsetup", "resume", "test-store"])
+    with mapped_disk("store", 512 << 20) as (_, path):
         yield Store(path / "pool")
 
 
