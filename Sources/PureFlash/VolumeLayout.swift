@@ -199,9 +199,9 @@ struct ListVolumeAnswer: Decodable {
 
 /// An IP address with the port that all stores listen on.
 package struct StoreAddress: Sendable {
-    let storage: sockaddr_storage
-    let length: socklen_t
-    var family: Int32 { Int32(storage.ss_family) }
+    package let storage: sockaddr_storage
+    package let length: socklen_t
+    package var family: Int32 { Int32(storage.ss_family) }
 
     /// - Parameter text: IPv4 or IPv6, without a port; nil for anything else.
     package init?(_ text: String, port: UInt16 = StoreProtocol.port) {
@@ -226,5 +226,24 @@ package struct StoreAddress: Sendable {
             return nil
         }
         self.storage = storage
+    }
+
+    /// Whether a socket that is connected to it does not leave this host: its own end has the same address, or one of the
+    /// loopback interface.
+    package func isReachedWithin(_ descriptor: Int32) -> Bool {
+        var own = sockaddr_storage()
+        var size = socklen_t(MemoryLayout<sockaddr_storage>.size)
+        let isKnown = withUnsafeMutablePointer(to: &own) { own in
+            own.withMemoryRebound(to: sockaddr.self, capacity: 1) { getsockname(descriptor, $0, &size) == 0 }
+        }
+        guard isKnown, own.ss_family == storage.ss_family else { return false }
+        return Self.host(own).elementsEqual(Self.host(storage)) || Self.host(own).first == 127 && family == AF_INET
+    }
+
+    /// The bytes of the address, without its port.
+    private static func host(_ address: sockaddr_storage) -> [UInt8] {
+        withUnsafeBytes(of: address) { bytes in
+            address.ss_family == sa_family_t(AF_INET) ? Array(bytes[4..<8]) : Array(bytes[8..<24])
+        }
     }
 }

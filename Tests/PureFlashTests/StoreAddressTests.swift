@@ -1,0 +1,38 @@
+import Glibc
+import PureFlash
+import Testing
+
+struct StoreAddressTests {
+    @Test(
+        "a connection that does not leave the host is told from others",
+        arguments: [
+            ("127.0.0.1", "127.0.0.1"), ("127.0.0.1", "127.0.0.2"), ("::1", "::1"),
+        ])
+    func within(own: String, store: String) throws {
+        let address = try #require(StoreAddress(store))
+        try withSocket(at: own) { #expect(address.isReachedWithin($0)) }
+    }
+
+    @Test(
+        "a connection to another host is told from those within",
+        arguments: [
+            ("0.0.0.0", "192.0.2.1"), ("127.0.0.1", "::1"), ("::", "2001:db8::1"),
+        ])
+    func beyond(own: String, store: String) throws {
+        let address = try #require(StoreAddress(store))
+        try withSocket(at: own) { #expect(!address.isReachedWithin($0)) }
+    }
+
+    /// A socket whose own end has this address.
+    private func withSocket(at own: String, _ body: (Int32) throws -> Void) throws {
+        let address = try #require(StoreAddress(own, port: 0))
+        let descriptor = socket(address.family, Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue), 0)
+        // A host may have no IPv6.
+        guard descriptor >= 0 else { return #expect(errno == EAFNOSUPPORT) }
+        defer { close(descriptor) }
+        let bound = withUnsafePointer(to: address.storage) { storage in
+            storage.withMemoryRebound(to: sockaddr.self, capacity: 1) { bind(descriptor, $0, address.length) }
+        }
+        if bound == 0 { try body(descriptor) } else { #expect(errno == EADDRNOTAVAIL) }
+    }
+}
