@@ -74,8 +74,8 @@ package final class MemoryPool: VolumePool {
 final class MemoryStore: @unchecked Sendable {
     /// Bytes that one mark stands for.
     static let grain = 64 << 10
-    /// Address space kept for a volume to grow into, beside its size.
-    private static let reserve: UInt64 = 256 << 30
+    /// Address space kept for a volume to grow into, beside its size. A process has 128 TiB in all.
+    private static let reserve: UInt64 = 128 << 30
 
     private let current: Mutex<VolumeRecord>
     /// Bytes of address space at `base`, of which `record.size` are the volume's.

@@ -24,6 +24,8 @@ package struct BringUp: Sendable {
     private static let takeoverLimit: UInt64 = 10
     private static let pause: UInt64 = 1_000_000_000
     private static let lockPause: UInt64 = 50_000_000
+    /// Nanoseconds: a shorter try would tell of itself, in place of what is wrong.
+    private static let shortestTry: UInt64 = 250_000_000
 
     private let occasion: Occasion
     private let began: UInt64
@@ -64,11 +66,12 @@ package struct BringUp: Sendable {
         case .takeover where error.code == EBUSY && passed < Self.takeoverLimit * 1_000_000_000:
             return .again(Self.lockPause)
         case .map(let limit) where Self.isBecomingReady(error.code):
-            guard passed + Self.pause <= limit * 1_000_000_000 else {
+            let left = remaining(now: now)
+            guard left > Self.shortestTry else {
                 return .giveUp(
                     BackendError(code: ETIMEDOUT, message: "\(error.message), and was not ready within \(limit) s"))
             }
-            return .again(Self.pause)
+            return .again(min(Self.pause, left - Self.shortestTry))
         default: return .giveUp(error)
         }
     }

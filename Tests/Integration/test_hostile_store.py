@@ -168,7 +168,7 @@ def test_hostile_conductors_when_mapping():
                 refused("endless", SLOW_CONDUCTORS["endless"])
             resident.append(daemon.resident())
         assert resident[1] < resident[0] + 24 * MiB, f"memory grows: {resident}"
-        assert "x/" not in daemon.qbd("list").out
+        assert "  x/" not in daemon.qbd("list").out
         # It listens to a conductor that has come to its senses.
         cluster.volumes["noise"].conductor = None
         handle = nbd.NBD()
