@@ -25,7 +25,8 @@ export SWIFT_BACKTRACE=enable=no
 # thousand connections is for.
 # What was freed is kept for some time, and tests that measure memory allow for no more of it than this.
 export ASAN_OPTIONS=log_path=$reports/address:detect_leaks=0:detect_stack_use_after_return=1:quarantine_size_mb=8
-export TSAN_OPTIONS=log_path=$reports/thread:halt_on_error=0:second_deadlock_stack=1
+# No thread of ours is of interest when a program ends, for which each would wait a second.
+export TSAN_OPTIONS=log_path=$reports/thread:halt_on_error=0:second_deadlock_stack=1:atexit_sleep_ms=0
 
 swift build --build-tests --scratch-path "$build" --sanitize "$sanitizer"
 preload=()
