@@ -82,9 +82,9 @@ struct Leftovers: Sendable {
 }
 
 extension VolumeManager {
-    /// The pool of a name in a configuration.
+    /// The pool of a name in a configuration, and how long things may take there.
     package typealias Resolve =
-        @Sendable (_ pool: String, _ config: String) async throws(BackendError) -> any VolumePool
+        @Sendable (_ pool: String, _ config: String) async throws(BackendError) -> (any VolumePool, VolumeTiming)
 
     func leftover(_ name: String) -> Leftover? { state.withLock { $0.leftovers[name] } }
 
@@ -120,7 +120,8 @@ extension VolumeManager {
             name, config: document.config, readOnly: document.readOnly, leftover.device, with: options)
         do throws(BackendError) {
             return try await takeOver(
-                leftover, document, pool, BringUp(.map(limit: timing.open), now: monotonicNanoseconds()), name)
+                leftover, document, pool, options.timing,
+                BringUp(.map(limit: options.timing.open), now: monotonicNanoseconds()), name)
         } catch {
             _ = note(error, name)
             guard let leftover = self.leftover(name), leftover.isKept else { return nil }

@@ -17,7 +17,7 @@ extension VolumeManager {
         do throws(BackendError) {
             try BringUp.check(opened.record, isProtected: opened.readOnly, readOnly: options.readOnly, name: name)
             return try await Volume.start(
-                name: name, opened: opened, settings: settings, slowIO: timing.slowIO,
+                name: name, opened: opened, settings: settings, slowIO: options.timing.slowIO,
                 maximumSessions: maximumConnections, logger: volumeLogger, report: report)
         } catch {
             await BlockingThread.always(on: blocking) { opened.close() }

@@ -43,7 +43,6 @@ extension VolumeManager {
     /// Takes over the mappings an earlier daemon left, side by side. Returns when each was tried once, or after
     /// `patience` seconds; what has not come by then is tried again until it does or is unmapped, and known to `map`,
     /// `list` and `info` meanwhile.
-    /// - Parameter resolve: the pool of a name in a configuration.
     package func restore(patience: UInt64 = 5, _ resolve: @escaping Resolve) async {
         guard let store else { return }
         let found = await BlockingThread.always(on: blocking) { Leftovers.find(store) }
@@ -76,9 +75,9 @@ extension VolumeManager {
         await names.run(name) { [self] in
             guard !isStopping, let leftover = leftover(name), let document = leftover.document else { return true }
             do throws(BackendError) {
-                let pool = try await resolve(document.pool, document.config)
+                let (pool, timing) = try await resolve(document.pool, document.config)
                 _ = try await takeOver(
-                    leftover, document, pool, BringUp(.takeover, now: monotonicNanoseconds()), name)
+                    leftover, document, pool, timing, BringUp(.takeover, now: monotonicNanoseconds()), name)
                 return true
             } catch {
                 return isStopping || !note(error, name)
@@ -88,7 +87,8 @@ extension VolumeManager {
 
     /// - Returns: nil when its device is gone, and the mapping with it.
     func takeOver(
-        _ leftover: Leftover, _ document: MappingDocument, _ pool: any VolumePool, _ bringUp: BringUp, _ name: String
+        _ leftover: Leftover, _ document: MappingDocument, _ pool: any VolumePool, _ timing: VolumeTiming,
+        _ bringUp: BringUp, _ name: String
     ) async throws(BackendError) -> MappedVolume? {
         if let attached = leftover.device {
             let isThere = await blocking.run { attached.device.backend == attached.identifier.description }
@@ -99,7 +99,7 @@ extension VolumeManager {
         }
         let options = MapOptions(
             target: leftover.device == nil ? .export : .device(wanted: document.device?.wanted),
-            readOnly: document.readOnly, configPath: document.config)
+            readOnly: document.readOnly, configPath: document.config, timing: timing)
         let settings = VolumeSettings(document)
         let volume = try await serve(pool, document.volume, options, settings, bringUp, name) { [weak self] event in
             self?.handle(event, document.pool, document.volume)

@@ -23,10 +23,14 @@ package struct MapOptions: Sendable {
     package var limits: ThrottleLimits
     /// The number it gets if that is free; else, and when this is nil, the smallest that is.
     package var deviceID: UInt32?
+    /// Of the configuration the pool came from, as it was then.
+    package var timing: VolumeTiming
 
     package init(
-        target: MapTarget, readOnly: Bool, configPath: String, limits: ThrottleLimits = .none, deviceID: UInt32? = nil
+        target: MapTarget, readOnly: Bool, configPath: String, limits: ThrottleLimits = .none, deviceID: UInt32? = nil,
+        timing: VolumeTiming = VolumeTiming()
     ) {
+        self.timing = timing
         self.deviceID = deviceID
         self.target = target
         self.limits = limits
@@ -84,7 +88,6 @@ package final class VolumeManager: Sendable {
     private let tcpListen: (host: String, port: UInt16)?
     let maximumConnections: Int
     let deviceSettings: DeviceSettings
-    let timing: VolumeTiming
     let logger: Logger
     let blocking: BlockingThread
     /// For what copies data, and may take minutes.
@@ -102,13 +105,12 @@ package final class VolumeManager: Sendable {
     ///   - statePath: the folder for what must survive the daemon; nil keeps nothing.
     package init(
         nbdSocketPath: String, tcpListen: (host: String, port: UInt16)?, maximumConnections: Int,
-        deviceSettings: DeviceSettings, timing: VolumeTiming = VolumeTiming(), statePath: String?, logger: Logger
+        deviceSettings: DeviceSettings, statePath: String?, logger: Logger
     ) throws(BackendError) {
         self.nbdSocketPath = nbdSocketPath
         self.tcpListen = tcpListen
         self.maximumConnections = maximumConnections
         self.deviceSettings = deviceSettings
-        self.timing = timing
         if let statePath { store = try MappingStore(path: statePath) } else { store = nil }
         self.logger = logger
         registry = ExportRegistry(logger: logger)
@@ -237,7 +239,7 @@ package final class VolumeManager: Sendable {
         }
         defer { unreserve(deviceID) }
         let settings = VolumeSettings(limits: options.limits)
-        let bringUp = BringUp(.map(limit: timing.open), now: monotonicNanoseconds())
+        let bringUp = BringUp(.map(limit: options.timing.open), now: monotonicNanoseconds())
         let volume = try await serve(pool, volume, options, settings, bringUp, name, report: report)
         var identifier: DeviceIdentifier?
         if case .device = options.target { identifier = store?.newIdentifier(deviceID, name) }

@@ -17,7 +17,9 @@ enum Daemon {
         let path = try ControlPath.reserve(options.socketPath)
         let manager = try await makeManager(options, configuration, logger)
         await manager.restore { (pool, config) throws(BackendError) in
-            do throws(ControlError) { return try await pools.pool(pool, config, transport: .tcp) } catch {
+            do throws(ControlError) {
+                return (try await pools.pool(pool, config, transport: .tcp), try await pools.timing(config))
+            } catch {
                 throw BackendError(code: error.code, message: error.message)
             }
         }
@@ -55,7 +57,7 @@ enum Daemon {
                 nbdSocketPath: options.nbdSocketPath,
                 tcpListen: configuration.nbd.listen.map { (host: $0.host, port: $0.port) },
                 maximumConnections: configuration.nbd.maxConnections,
-                deviceSettings: DeviceSettings(configuration.nbd), timing: VolumeTiming(configuration.client),
+                deviceSettings: DeviceSettings(configuration.nbd),
                 statePath: options.statePath, logger: logger)
             do throws(BackendError) {
                 try await manager.start()

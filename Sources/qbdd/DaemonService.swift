@@ -15,6 +15,7 @@ struct DaemonService: ControlService {
         let name = try VolumeName.reachable(request.volume, snapshot: .allowed)
         let config = try ConfigPath.validate(request.config)
         let pool = try await pools.pool(name.pool, config, transport: name.transport)
+        let timing = try await pools.timing(config)
         var limits = ThrottleLimits.none
         request.limits.apply(to: &limits)
         do throws(BackendError) {
@@ -24,7 +25,7 @@ struct DaemonService: ControlService {
                     options: MapOptions(
                         target: request.export ? .export : .device(wanted: request.device),
                         readOnly: request.readOnly || name.snapshot != nil, configPath: config, limits: limits,
-                        deviceID: request.deviceID)))
+                        deviceID: request.deviceID, timing: timing)))
         } catch {
             throw failed("map", name, error)
         }

@@ -65,6 +65,9 @@ actor PoolDirectory {
         }
     }
 
+    /// How long things may take by the configuration at this path.
+    func timing(_ path: String) throws(ControlError) -> VolumeTiming { VolumeTiming(try configuration(path).client) }
+
     /// The NBD server's section of the configuration at this path, in the manager's terms of errors.
     func nbd(_ path: String) throws(BackendError) -> DaemonConfiguration.NBD {
         do throws(ControlError) { return try configuration(path).nbd } catch {
@@ -159,7 +162,7 @@ private struct FileVersion: Equatable {
 }
 
 extension VolumeTiming {
-    init(_ client: DaemonConfiguration.Client) {
+    fileprivate init(_ client: DaemonConfiguration.Client) {
         self.init(slowIO: UInt64(client.slowIO), open: UInt64(client.openVolumeTimeout.components.seconds))
     }
 }

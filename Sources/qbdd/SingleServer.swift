@@ -14,6 +14,7 @@ enum SingleServer {
         let descriptor = try inheritedSocket()
         let pools = PoolDirectory(defaultPath: options.isConfigNamed ? nil : options.configPath, logger: logger)
         let pool = try await pools.pool(name.pool, options.configPath, transport: name.transport)
+        let timing = try await pools.timing(options.configPath)
         do throws(BackendError) {
             let manager = try VolumeManager(
                 nbdSocketPath: options.nbdSocketPath, tcpListen: nil,
@@ -27,7 +28,8 @@ enum SingleServer {
             try await manager.serve(
                 pool, volume: name.inPool,
                 options: MapOptions(
-                    target: .export, readOnly: options.readOnly || name.snapshot != nil, configPath: options.configPath),
+                    target: .export, readOnly: options.readOnly || name.snapshot != nil, configPath: options.configPath,
+                    timing: timing),
                 listenDescriptor: descriptor)
             stopper.cancel()
         } catch {

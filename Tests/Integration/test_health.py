@@ -111,6 +111,21 @@ def test_slow_request_is_told_once_and_counted(new_daemon):
     assert daemon.json("info", "ram/foo")["counters"]["slow"] == 2
 
 
+def test_slowness_is_of_the_configuration_of_the_map(daemon):
+    other = daemon.directory / "other.conf"
+    other.write_text("[pool.ram]\ntype=memory\n[client]\nslow_io_ms=50\n")
+    daemon.qbd("create", "ram/foo", "-k", "1M", "-c", other).succeeded()
+    daemon.qbd("map", "ram/foo", "--export", "-c", other, "--write-iops", "5", "--burst", "1").succeeded()
+    session = connect(daemon, "ram/foo")
+    pending = {}
+    for index in range(3):
+        pending[session.request(CMD_WRITE, index * BLOCK, payload=b"x" * BLOCK)] = (CMD_WRITE, index * BLOCK, BLOCK)
+    while pending:
+        assert session.answer(pending).error == 0
+    # By the default, 2000 ms, none would be.
+    assert daemon.json("info", "ram/foo")["counters"]["slow"] == 2
+
+
 @pytest.mark.parametrize("value", ["0", "9", "-1", "3600001", "2s", ""])
 def test_bad_limits_of_slowness_name_file_and_line(new_daemon, value):
     daemon = new_daemon(configuration=f"\n[client]\nslow_io_ms={value}\n")
