@@ -213,9 +213,13 @@ package final class ConductorClient: Sendable {
         switch error {
         case let error as IOError: (code, reason) = (error.errnoCode, String(cString: strerror(error.errnoCode)))
         case let error as NIOConnectionError:
-            let first = error.connectionErrors.first?.error as? IOError
-            code = first?.errnoCode ?? EHOSTUNREACH
-            reason = String(cString: strerror(code))
+            if let unknown = (error.dnsAError ?? error.dnsAAAAError) as? SocketAddressError.UnknownHost {
+                (code, reason) = (EHOSTUNREACH, unknown.errorDescription)
+            } else {
+                let first = error.connectionErrors.first?.error as? IOError
+                code = first?.errnoCode ?? EHOSTUNREACH
+                reason = String(cString: strerror(code))
+            }
         case is ChannelError: (code, reason) = (ETIMEDOUT, "no connection in time")
         default: (code, reason) = (EHOSTUNREACH, "\(error)")
         }

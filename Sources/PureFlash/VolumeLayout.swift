@@ -100,7 +100,7 @@ struct ConductorStatus: Decodable {
     /// Of "invalid argument". A conductor answers open_volume with it also while a store is not ready.
     private static func meaning(_ operation: String, _ reason: String) -> Int32 {
         switch operation {
-        case "create_volume": EINVAL
+        case "create_volume" where !["no tenant", "not exist"].contains(where: reason.contains): EINVAL
         case "open_volume"
         where !["not exist", "no volume", "no tenant", "no snapshot"].contains(where: reason.contains):
             EHOSTDOWN

@@ -69,7 +69,7 @@ package struct BringUp: Sendable {
             let left = remaining(now: now)
             guard left > Self.shortestTry else {
                 return .giveUp(
-                    BackendError(code: ETIMEDOUT, message: "\(error.message), and was not ready within \(limit) s"))
+                    BackendError(code: ETIMEDOUT, message: "not ready within \(limit) s: \(error.message)"))
             }
             return .again(min(Self.pause, left - Self.shortestTry))
         default: return .giveUp(error)

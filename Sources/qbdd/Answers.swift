@@ -15,8 +15,15 @@ extension ControlError {
         self.init(Self.documented(error.systemError ?? EINVAL), "\(error)")
     }
 
-    /// Both errnos for missing permission have the one documented exit status.
-    private static func documented(_ code: Int32) -> Int32 { code == EACCES ? EPERM : code }
+    /// Both errnos for missing permission have the one documented exit status. What says of the command's connection
+    /// that the daemon is not there, or went, is not said of a store's.
+    static func documented(_ code: Int32) -> Int32 {
+        switch code {
+        case EACCES: EPERM
+        case ECONNREFUSED, ECONNRESET: EHOSTDOWN
+        default: code
+        }
+    }
 }
 
 extension MappingRecord {
