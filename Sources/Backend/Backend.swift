@@ -302,10 +302,10 @@ package struct VolumeRecord: Sendable, Equatable {
     package let size: UInt64
     /// Bytes.
     package let blockSize: UInt32
-    /// Seconds since 1970, UTC.
-    package let created: Int64
+    /// Seconds since 1970, UTC; nil when its store does not say.
+    package let created: Int64?
 
-    package init(id: UInt64, volume: String, size: UInt64, blockSize: UInt32, created: Int64) {
+    package init(id: UInt64, volume: String, size: UInt64, blockSize: UInt32, created: Int64?) {
         self.id = id
         self.volume = volume
         self.size = size

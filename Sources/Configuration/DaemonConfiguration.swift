@@ -91,12 +91,15 @@ package enum PoolKind: Hashable, Sendable {
 }
 
 extension DaemonConfiguration {
+    /// Whether names of pools that have no section are tenants of a cluster.
+    package var hasCluster: Bool { !conductor.endpoints.isEmpty || !zookeeper.ip.isEmpty }
+
     /// The pool a volume's name speaks of: one with a section, or else a tenant of the cluster, if one is configured.
     ///
     /// - Throws: an error that names the pool, the file, and the section to add.
     package func pool(named name: String) throws(ConfigurationError) -> PoolConfiguration {
         if let pool = pools[name] { return pool }
-        guard !conductor.endpoints.isEmpty || !zookeeper.ip.isEmpty else {
+        guard hasCluster else {
             throw ConfigurationError(
                 "pool \(excerpt(name)) is not configured; add a section [pool.\(printable(name))] with type = local and"
                     + " path = DIRECTORY to \(file)")

@@ -86,10 +86,10 @@ package struct PoolVolume: Codable, Sendable, Equatable {
     package var size: UInt64
     /// Bytes.
     package var blockSize: UInt32
-    /// Seconds since 1970.
-    package var created: Int64
+    /// Seconds since 1970; nil when its store does not say.
+    package var created: Int64?
 
-    package init(volume: String, id: UInt64, size: UInt64, blockSize: UInt32, created: Int64) {
+    package init(volume: String, id: UInt64, size: UInt64, blockSize: UInt32, created: Int64?) {
         self.volume = volume
         volumeID = hexadecimal(id)
         self.size = size

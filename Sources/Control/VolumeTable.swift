@@ -6,7 +6,7 @@ package enum VolumeTable {
         let rows = volumes.map { volume in
             [
                 volume.volumeID, volume.volume, String(volume.size), String(volume.blockSize),
-                Calendar.text(volume.created),
+                volume.created.map { Calendar.text($0) } ?? "-",
             ]
         }
         return Columns.text([header] + rows)

@@ -34,7 +34,7 @@ package struct VolumeDescription: Sendable, Equatable {
             id = \(hexadecimal(record.id))
             size = \(record.size)
             block_size = \(record.blockSize)
-            created = \(record.created)
+            created = \(record.created ?? 0)
 
             """
         if let head { text += "head = \(hexadecimal(head))\n" }

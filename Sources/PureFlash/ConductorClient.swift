@@ -96,6 +96,15 @@ package final class ConductorClient: Sendable {
         try wait(ask("list_volume", [("tenant_name", tenant), ("limit", "100000")], of: ListVolumeAnswer.self)).volumes
     }
 
+    /// The names of the cluster's tenants. From any task.
+    package func tenants() async throws(BackendError) -> [String] {
+        let result: Result<ListTenantAnswer, any Error>
+        do { result = .success(try await ask("list_tenant", [], of: ListTenantAnswer.self).get()) } catch {
+            result = .failure(error)
+        }
+        return try Self.outcome(result).get().tenants.map(\.name)
+    }
+
     func createSnapshot(tenant: String, volume: String, snapshot: String) throws(BackendError) {
         _ = try wait(
             ask(

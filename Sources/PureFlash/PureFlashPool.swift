@@ -80,7 +80,7 @@ package final class PureFlashPool: VolumePool {
 
     /// The conductor does not say when a volume was made.
     private func record(_ id: UInt64, _ volume: String, _ size: UInt64) -> VolumeRecord {
-        VolumeRecord(id: id, volume: volume, size: size, blockSize: StoreProtocol.sector, created: 0)
+        VolumeRecord(id: id, volume: volume, size: size, blockSize: StoreProtocol.sector, created: nil)
     }
 
     /// Fails with a code that says that time will help while the conductor is not there yet, or a shard has no store.

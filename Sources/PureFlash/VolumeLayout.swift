@@ -197,6 +197,14 @@ struct ListVolumeAnswer: Decodable {
     let volumes: [Volume]
 }
 
+/// `list_tenant_reply`.
+struct ListTenantAnswer: Decodable {
+    struct Tenant: Decodable {
+        let name: String
+    }
+    let tenants: [Tenant]
+}
+
 /// An IP address with the port that all stores listen on.
 package struct StoreAddress: Sendable {
     package let storage: sockaddr_storage

@@ -54,7 +54,7 @@ extension VolumeManager {
         let mapped = MappedVolume(
             deviceID: leftover.deviceID, pool: document.pool,
             record: VolumeRecord(
-                id: document.volumeID, volume: document.volume, size: leftover.size, blockSize: 0, created: 0),
+                id: document.volumeID, volume: document.volume, size: leftover.size, blockSize: 0, created: nil),
             device: leftover.device?.name, configPath: document.config, readOnly: document.readOnly,
             protocolName: "-", uri: uri(document.name), limits: settings.limits, state: settings.gate,
             health: leftover.isAwaited ? .reconnecting : .failed, healthSince: leftover.since,

@@ -178,7 +178,18 @@ extension DaemonService {
         let config = try ConfigPath.validate(request.config)
         if let pool = request.pool { return .init(volumes: try await volumes(of: pool, config), problems: []) }
         var answer = VolumesRequest.Answer(volumes: [], problems: [])
-        for pool in try await pools.configuration(config).pools.keys.sorted() {
+        var names = Set(try await pools.configuration(config).pools.keys)
+        if let conductor = try await pools.conductor(config) {
+            do throws(BackendError) { names.formUnion(try await conductor.tenants()) } catch {
+                let error = ControlError(error)
+                answer.problems.append(
+                    PoolProblem(
+                        pool: "-",
+                        error: ControlError(
+                            error.code, "the tenants of the cluster cannot be listed: \(error.message)")))
+            }
+        }
+        for pool in names.sorted() {
             do throws(ControlError) {
                 answer.volumes += try await volumes(of: pool, config)
             } catch {

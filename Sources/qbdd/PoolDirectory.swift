@@ -111,6 +111,13 @@ actor PoolDirectory {
         }
     }
 
+    /// Who knows the tenants of the cluster that the configuration at this path names; nil when it names none.
+    func conductor(_ path: String) throws(ControlError) -> ConductorClient? {
+        let configuration = try configuration(path)
+        guard configuration.hasCluster else { return nil }
+        return conductor(configuration.zookeeper, configuration.conductor, configuration.client)
+    }
+
     private func remember(_ pool: any VolumePool, _ key: Key) -> any VolumePool {
         pools[key] = pool
         return pool

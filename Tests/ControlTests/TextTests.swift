@@ -36,10 +36,12 @@ struct TextTests {
     @Test("the volumes of a pool are a table without blanks in its fields")
     func volumes() {
         let volume = PoolVolume(volume: "a/b", id: 0x1_000_000, size: 64 << 20, blockSize: 512, created: 1_700_000_000)
+        let other = PoolVolume(volume: "t/b", id: 0x2_000_000, size: 64 << 20, blockSize: 512, created: nil)
         #expect(
-            VolumeTable.text([volume]) == """
+            VolumeTable.text([volume, other]) == """
                 vol_id     volume  size      block_size  created
                 0x1000000  a/b     67108864  512         2023-11-14T22:13:20Z
+                0x2000000  t/b     67108864  512         -
 
                 """)
     }

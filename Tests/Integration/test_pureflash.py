@@ -144,9 +144,50 @@ def test_no_conductor():
         store.kill()
         began = time.monotonic()
         failed = daemon.qbd("map", "--export", "disk/v")
-        failed.failed(110, "conductor", "cannot be reached")
+        failed.failed(110, "not ready within 3 s: the conductor", "cannot be reached")
         assert time.monotonic() - began < 30
+        # 111 would say that qbdd is not running.
+        for words in (("create", "disk/v", "-k", "1M"), ("volumes", "disk"), ("delete", "disk/v")):
+            daemon.qbd(*words).failed(112, f"the conductor {store.address}", "refused", "[conductor] endpoints")
+        # The pools are listed all the same, of which there are none.
+        result = daemon.qbd("volumes")
+        assert result.status == 112 and "tenants" in result.err and len(result.out.splitlines()) == 1, str(result)
         store.start()
+
+
+def test_a_host_name_that_is_not_known(daemon):
+    daemon.config.write_text("[conductor]\nendpoints=nosuchhost.invalid\n")
+    failed = daemon.qbd("create", "disk/v", "-k", "1M").failed(113, "nosuchhost.invalid")
+    # "Name or service not known", or why it could not be looked up.
+    assert "name" in failed.err.split("reached:")[1].lower() and "no route" not in failed.err.lower(), str(failed)
+
+
+def test_time_to_become_ready_is_of_the_configuration_of_the_map(daemon):
+    other = daemon.directory / "cluster.conf"
+    for seconds in (1, 2):
+        # Nobody listens at port 1.
+        other.write_text(f"[conductor]\nendpoints=127.0.0.1:1\n[client]\nopen_volume_timeout={seconds}\n")
+        daemon.qbd("map", "--export", "disk/v", "-c", other).failed(110, f"not ready within {seconds} s:")
+
+
+def test_volumes_of_a_cluster():
+    with cluster() as (daemon, _):
+        daemon.qbd("create", "disk/v", "-k", "1G").succeeded()
+        daemon.qbd("create", "ram/v", "-k", "64M").succeeded()
+        local = daemon.directory / "local"
+        daemon.config.write_text(daemon.config.read_text() + f"[pool.ram]\ntype=local\npath={local}\n")
+        daemon.qbd("create", "ram/w", "-k", "1M").succeeded()
+        # All tenants, but not the one whose name a pool has.
+        rows = [line.split() for line in daemon.qbd("volumes").succeeded().out.splitlines()]
+        assert [row[1] for row in rows] == ["volume", "disk/v", "ram/w"]
+        assert rows[1][4] == "-" and rows[2][4].startswith("20")
+        first, second = daemon.json("volumes")
+        assert "created" not in first and second["created"] > 0
+        # No such tenant.
+        daemon.qbd("volumes", "nope").failed(2, "nope")
+        daemon.qbd("map", "nope/v", "--export").failed(2, "nope")
+        daemon.qbd("create", "nope/v", "-k", "1G").failed(2, "no tenant 'nope'")
+        daemon.qbd("create", "disk/w", "-k", "1000").failed(22)
 
 
 def test_snapshots_of_a_cluster():
