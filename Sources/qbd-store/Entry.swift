@@ -32,13 +32,17 @@ enum Entry {
     private static func run(_ options: Options, _ signals: Signals) async -> Int32 {
         let logger = Logger(label: "qbd-store")
         do {
-            let configuration = try DaemonConfiguration.load(path: options.config)
+            let configuration = try DaemonConfiguration.load(path: options.configPath)
             for warning in configuration.warnings { logger.warning("\(warning)") }
+            if configuration.pools.isEmpty {
+                logger.warning("\(options.configPath) has no pools, so there are no tenants; add sections [pool.NAME]")
+            }
             raiseDescriptorLimit(logger)
             let server = try await StoreServer(try options.settings(configuration), logger: logger)
             if options.allowFaults { logger.warning("fault switches are on: every client can make this store fail") }
             let conductor = options.noConductor ? "" : ", conductor port \(options.conductorPort)"
-            logger.info("qbd-store runs at \(options.listen), data port \(options.dataPort)\(conductor)")
+            let ports = "data port \(options.dataPort), store port \(options.storePort)\(conductor)"
+            logger.info("qbd-store runs at \(options.listen), \(ports)")
             Readiness.tell("READY=1", logger)
             let signal = await signals.first()
             logger.info("\(signal) came, stopping")
@@ -47,7 +51,8 @@ enum Entry {
             logger.info("stopped")
             return 0
         } catch {
-            logger.error("\(error)")
+            let isForeign = (error as? BackendError)?.code == EADDRNOTAVAIL
+            logger.error("\(isForeign ? "--listen has to be an address of this host: " : "")\(error)")
             return status(error)
         }
     }

@@ -15,8 +15,10 @@ struct Options: ParsableCommand {
 
     @Option(
         name: [.customShort("c"), .long],
-        help: ArgumentHelp("The configuration with the pools.", valueName: "path"))
-    var config = DaemonConfiguration.defaultPath
+        help: ArgumentHelp(
+            "The configuration with the pools; else QBD_CONFIG, else \(DaemonConfiguration.defaultPath).",
+            valueName: "path"))
+    var config: String?
 
     @Option(
         help: ArgumentHelp("The IPv4 address to listen on; clients know the store by it.", valueName: "address"))
@@ -62,11 +64,15 @@ struct Options: ParsableCommand {
     }
 
     func validate() throws {
-        if config.isEmpty { throw ValidationError("the path of --config is empty") }
+        if config?.isEmpty ?? false { throw ValidationError("the path of --config is empty") }
         for address in [listen] + (stores ?? []) {
             var parsed = in_addr()
             guard inet_pton(AF_INET, address, &parsed) == 1 else {
                 throw ValidationError("'\(address)' is no IPv4 address")
+            }
+            guard parsed.s_addr != INADDR_ANY else {
+                throw ValidationError(
+                    "'\(address)' is every address of this host, and clients are told it: name one that they reach")
             }
         }
         if let stores {
@@ -80,10 +86,17 @@ struct Options: ParsableCommand {
         if Set(ports).count != ports.count { throw ValidationError("the ports must be different") }
     }
 
+    /// A variable that is empty counts as not set.
+    var configPath: String {
+        if let config { return config }
+        guard let value = getenv("QBD_CONFIG"), value.pointee != 0 else { return DaemonConfiguration.defaultPath }
+        return String(cString: value)
+    }
+
     func settings(_ configuration: DaemonConfiguration) throws(ConfigurationError) -> StoreServer.Settings {
         guard !register || !configuration.zookeeper.ip.isEmpty else {
             throw ConfigurationError(
-                "--register needs to know where: add ip = HOST:PORT to section [zookeeper]", file: config)
+                "--register needs to know where: add ip = HOST:PORT to section [zookeeper]", file: configPath)
         }
         return StoreServer.Settings(
             address: listen, conductorPort: noConductor ? nil : conductorPort, dataPort: dataPort,

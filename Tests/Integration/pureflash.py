@@ -147,12 +147,13 @@ class Store:
     def ports(self):
         return self.data_port, self.conductor_port, self.store_port
 
-    def start(self):
+    def start(self, **variables):
         self.expected_to_run = True
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(
-                [STORE, *self.options], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment()
-            )
+                [STORE, *self.options], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env=environment(**variables),
+            )  # fmt: skip
         wait_for(lambda: self.accepts() or not self.alive, "qbd-store accepts")
         assert self.alive, f"qbd-store ended at its start with {self.process.returncode}:\n{self.log()}"
         return self

@@ -863,6 +863,8 @@ def test_orders_of_pureflash_s_own_conductor(new_store):
     "options, word",
     (
         (["--listen", "nowhere"], "IPv4"),
+        (["--listen", "0.0.0.0"], "clients"),
+        (["--stores", "127.0.0.1,0.0.0.0"], "clients"),
         (["--stores", "127.0.0.1,127.0.0.1"], "twice"),
         (["--stores", ""], "names no store"),
         (["--no-conductor", "--stores", "127.0.0.1"], "conductor"),
@@ -883,3 +885,16 @@ def test_what_keeps_it_from_starting(new_store, scratch):
     store = new_store().start()
     result = run([STORE, *store.options])
     assert result.status == 98 and str(store.data_port) in result.err, str(result)
+    # An address for documentation: no host has it.
+    result = run([STORE, "--config", store.config, "--listen", "192.0.2.77"])
+    assert result.status == 99 and "--listen" in result.err and "192.0.2.77" in result.err, str(result)
+
+
+def test_what_it_says_at_its_start(new_store):
+    store = new_store()
+    store.config.write_text("")
+    # Without --config.
+    store.options = store.options[2:]
+    store.start(QBD_CONFIG=store.config)
+    assert all(f" port {port}" in store.log() for port in store.ports), store.log()
+    assert f"{store.config} has no pools" in store.log()
