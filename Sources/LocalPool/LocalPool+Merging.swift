@@ -27,13 +27,13 @@ extension LocalPool {
     }
 
     private func nextToMerge(except busy: Set<UInt64>) throws(BackendError) -> UInt64? {
-        let tree = try self.tree(try Directory(path: path))
+        let tree = try self.tree(try openDirectory())
         return tree.layers.keys.filter { !busy.contains($0) && tree.onlyChild(of: $0) != nil }.min()
     }
 
     /// - Returns: whether something was done.
     private func merge(_ id: UInt64, _ stop: () -> Bool) throws(BackendError) -> Bool {
-        let directory = try Directory(path: path)
+        let directory = try openDirectory()
         var lock = try directory.lock()
         defer { if lock >= 0 { Glibc.close(lock) } }
         let tree = try self.tree(directory)

@@ -7,7 +7,7 @@ import Glibc
 // that is longer than the volume, and a volume of its old size.
 extension LocalPool {
     package func grow(volume: String, to size: UInt64?) throws(BackendError) -> VolumeRecord {
-        let directory = try Directory(path: path)
+        let directory = try openDirectory()
         let lock = try directory.lock()
         defer { Glibc.close(lock) }
         try recover(directory)
@@ -25,7 +25,7 @@ extension LocalPool {
     /// Grows a volume that is open.
     /// - Parameter data: its data file, locked.
     func grow(volume: String, data: Int32, readOnly: Bool, to size: UInt64?) throws(BackendError) -> VolumeRecord {
-        let directory = try Directory(path: path)
+        let directory = try openDirectory()
         let lock = try directory.lock()
         defer { Glibc.close(lock) }
         if readOnly { return try describeReadOnly(directory, volume, growing: size) }
@@ -33,7 +33,7 @@ extension LocalPool {
     }
 
     func grow(_ opened: LayeredOpenVolume, to size: UInt64?) throws(BackendError) -> VolumeRecord {
-        let directory = try Directory(path: path)
+        let directory = try openDirectory()
         let lock = try directory.lock()
         defer { Glibc.close(lock) }
         if opened.record.volume.contains("@") {
@@ -99,7 +99,7 @@ extension LocalPool {
                 if length > record.size { try retrying("cut \(file)") { ftruncate(data, off_t(record.size)) } }
                 try retrying("make \(file) \(size) bytes long") { ftruncate(data, off_t(size)) }
             }
-        } catch { throw BackendError(error) }
+        } catch { throw failed(volume, error) }
         try synchronize(directory, Self.data(volume))
         description.record = grown
         try replaceDescription(directory, description)

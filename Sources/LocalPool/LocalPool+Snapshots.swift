@@ -29,11 +29,11 @@ extension LocalPool: SnapshotPool {
     }
 
     package func snapshots(volume: String) throws(BackendError) -> [SnapshotRecord] {
-        try describe(try Directory(path: path), volume).snapshots.map(\.record)
+        try describe(try openDirectory(), volume).snapshots.map(\.record)
     }
 
     package func deleteSnapshot(volume: String, snapshot: String) throws(BackendError) {
-        let directory = try Directory(path: path)
+        let directory = try openDirectory()
         let lock = try directory.lock()
         defer { Glibc.close(lock) }
         try recover(directory)
@@ -46,7 +46,7 @@ extension LocalPool: SnapshotPool {
     }
 
     package func rollback(volume: String, snapshot: String) throws(BackendError) {
-        let directory = try Directory(path: path)
+        let directory = try openDirectory()
         let lock = try directory.lock()
         defer { Glibc.close(lock) }
         try recover(directory)
@@ -66,7 +66,7 @@ extension LocalPool: SnapshotPool {
     }
 
     package func clone(volume: String, snapshot: String, to new: String) throws(BackendError) -> VolumeRecord {
-        let directory = try Directory(path: path)
+        let directory = try openDirectory()
         let lock = try directory.lock()
         defer { Glibc.close(lock) }
         try recover(directory)
@@ -90,7 +90,7 @@ extension LocalPool: SnapshotPool {
 
     func dueChange(_ opened: LayeredOpenVolume) -> StoreChange? {
         do throws(BackendError) {
-            let tree = try self.tree(try Directory(path: path))
+            let tree = try self.tree(try openDirectory())
             if !opened.readOnly, let below = opened.head.parent, tree.onlyChild(of: below)?.id == opened.head.id {
                 return .tidy
             }
@@ -102,7 +102,7 @@ extension LocalPool: SnapshotPool {
     }
 
     func reopen(_ opened: StoredVolume, after change: StoreChange) throws(BackendError) -> any OpenVolume {
-        let directory = try Directory(path: path)
+        let directory = try openDirectory()
         let lock = try directory.lock()
         defer { Glibc.close(lock) }
         try recover(directory)

@@ -25,10 +25,18 @@ package final class LocalPool: VolumePool {
     static func description(_ volume: String) -> String { volume + describedBy }
     static func data(_ volume: String) -> String { volume + dataIn }
 
+    func openDirectory() throws(BackendError) -> Directory {
+        do throws(BackendError) { return try Directory(path: path) } catch {
+            let remedy = error.code == ENOENT ? "make the directory above it first, or change" : "change"
+            throw BackendError(
+                code: error.code, message: "pool \(name): \(error.message); \(remedy) the path in [pool.\(name)]")
+        }
+    }
+
     // MARK: Create and delete
 
     package func create(volume: String, size: UInt64, blockSize: UInt32) throws(BackendError) -> VolumeRecord {
-        let directory = try Directory(path: path)
+        let directory = try openDirectory()
         let lock = try directory.lock()
         defer { Glibc.close(lock) }
         try recover(directory)
@@ -39,7 +47,7 @@ package final class LocalPool: VolumePool {
         let freshData = Self.ours + Self.data(volume) + Self.fresh
         let freshDescription = Self.ours + Self.description(volume) + Self.fresh
         do {
-            try makeSparse(directory, freshData, size: size)
+            try makeSparse(directory, freshData, of: volume, size: size)
             try directory.write(VolumeDescription(record).encode(), to: freshDescription)
             try directory.rename(freshDescription, to: Self.description(volume))
             try directory.synchronize()
@@ -75,13 +83,22 @@ package final class LocalPool: VolumePool {
         )
     }
 
-    private func makeSparse(_ directory: borrowing Directory, _ file: String, size: UInt64) throws(BackendError) {
+    private func makeSparse(
+        _ directory: borrowing Directory, _ file: String, of volume: String, size: UInt64
+    ) throws(BackendError) {
         let data = try directory.open(file, O_RDWR | O_CREAT | O_TRUNC)
         defer { Glibc.close(data) }
-        do {
+        do throws(SystemError) {
             try retrying("make \(path)/\(file) \(size) bytes long") { ftruncate(data, off_t(size)) }
             try retrying("synchronize \(path)/\(file)") { fsync(data) }
-        } catch { throw BackendError(error) }
+        } catch { throw failed(volume, error) }
+    }
+
+    /// - Parameter volume: what a file was to be changed for.
+    func failed(_ volume: String, _ error: SystemError) -> BackendError {
+        let remedy =
+            error.code == EFBIG ? "; the file system of the pool holds no file so large, make the volume smaller" : ""
+        return BackendError(code: error.code, message: "\(name)/\(volume): \(error)\(remedy)")
     }
 
     /// For a volume or a snapshot.
@@ -99,7 +116,7 @@ package final class LocalPool: VolumePool {
     }
 
     package func delete(volume: String, snapshots: Bool) throws(BackendError) {
-        let directory = try Directory(path: path)
+        let directory = try openDirectory()
         let lock = try directory.lock()
         defer { Glibc.close(lock) }
         try recover(directory)
@@ -173,7 +190,7 @@ package final class LocalPool: VolumePool {
     // MARK: List and open
 
     package func list() throws(BackendError) -> [VolumeRecord] {
-        let directory = try Directory(path: path)
+        let directory = try openDirectory()
         if try directory.names().contains(where: { $0.hasPrefix(Self.ours) && $0 != Directory.lockFile }) {
             let lock = try directory.lock()
             defer { Glibc.close(lock) }
@@ -203,7 +220,7 @@ package final class LocalPool: VolumePool {
     }
 
     package func open(volume: String, readOnly: Bool) throws(BackendError) -> any OpenVolume {
-        let directory = try Directory(path: path)
+        let directory = try openDirectory()
         let lock = try directory.lock()
         defer { Glibc.close(lock) }
         try recover(directory)

@@ -600,12 +600,19 @@ def test_pool_directory_is_missing(new_daemon):
     daemon = new_daemon()
     daemon.config.write_text(daemon.config.read_text().replace(str(daemon.pool_path), f"{daemon.pool_path}/a/b"))
     daemon.start()
-    daemon.qbd("create", "disk/foo", "-k", "1M").failed(2, f"{daemon.pool_path}/a/b")
+    words = ("pool disk:", f"{daemon.pool_path}/a/b", "directory above it", "[pool.disk]")
+    daemon.qbd("create", "disk/foo", "-k", "1M").failed(2, *words)
+    daemon.qbd("volumes", "disk").failed(2, *words)
     # The other pool does not suffer, and the pool works once there is a place for its directory.
     daemon.volume("ram/foo", MiB)
     (daemon.pool_path / "a").mkdir()
     daemon.volume("disk/foo", MiB)
     assert list((daemon.pool_path / "a" / "b").iterdir())
+
+
+def test_pool_directory_is_a_file(new_daemon):
+    daemon = new_daemon(configuration="[pool.bad]\ntype=local\npath=/etc/passwd\n").start()
+    daemon.qbd("volumes", "bad").failed(20, "pool bad:", "/etc/passwd", "path in [pool.bad]")
 
 
 USAGE_ERRORS = [

@@ -84,7 +84,8 @@ def test_a_size_that_is_none_is_refused_with_the_usage(daemon, size):
 
 def test_a_volume_larger_than_the_file_system_can_hold(daemon):
     daemon.volume("disk/a", 4 * MiB)
-    daemon.qbd("resize", "disk/a", "-k", "8191P").failed(errno.EFBIG, "a.raw")
+    daemon.qbd("resize", "disk/a", "-k", "8191P").failed(errno.EFBIG, "disk/a:", "a.raw", "smaller")
+    daemon.qbd("create", "disk/huge", "-k", "8191P").failed(errno.EFBIG, "disk/huge:", "smaller")
     daemon.qbd("resize", "disk/a", "-k", "8M").succeeded()
     assert connected(daemon.uri("disk/a")).get_size() == 8 * MiB
 
