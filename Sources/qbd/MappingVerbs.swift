@@ -128,6 +128,14 @@ struct Unmap: VerbCommand {
             throw Failure(.unmap, ControlError(error))
         }
         var problems: [ControlError] = []
+        var status: MappingStatus?
+        if common.verbose {
+            // Why there is nothing to tell, the answer to the unmap says.
+            do throws(Failure) {
+                status = try await Mapper(client: common.client).ask(
+                    InfoRequest(volume: entry.fullName, config: config), for: .unmap)
+            } catch {}
+        }
         do throws(Failure) {
             problems = try await Mapper(client: common.client).unmap(entry, force: force).problems
         } catch {
@@ -136,7 +144,10 @@ struct Unmap: VerbCommand {
             }
             throw error
         }
-        if common.verbose { Output.complain("unmapped \(name)") }
+        if common.verbose {
+            Output.complain("unmapped \(name)" + (status.map { " id=\($0.mapping.volumeID)" } ?? ""))
+            for (key, value) in status.map({ StatusText.cluster($0) }) ?? [] { Output.complain("\(key) \(value)") }
+        }
         try Output.answer(.unmap, Done(), asJSON: common.json) { _ in "" }
         if forget {
             do throws(ControlError) { try file.forget(name) } catch { problems.append(error) }

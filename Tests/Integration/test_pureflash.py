@@ -360,6 +360,12 @@ def test_info_of_a_cluster_s_volume():
         wait_for(lambda: handle.poll(10) == 1 and handle.aio_command_completed(cookie), "the write is done")
         assert state(2)["state"] == "connected" and "trouble" not in state(2) and "waits" not in info()
         handle.shutdown()
+        unmapped = daemon.qbd("unmap", "disk/v", "-V").succeeded()
+        lines = unmapped.err.splitlines()
+        assert unmapped.out == "" and lines[0].startswith("unmapped disk/v id=0x"), str(unmapped)
+        assert lines[1:3] == [f"conductor {addresses[0]}:{stores[0].conductor_port}", "shards 4"]
+        assert [line.split(",")[0] for line in lines[3:]] == [f"store {address}" for address in addresses]
+        daemon.qbd("unmap", "disk/v", "-V").failed(25)
 
 
 def test_several_connections_to_a_store():
