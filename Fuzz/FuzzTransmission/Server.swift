@@ -25,7 +25,7 @@ final class Server: Sendable {
         let logger = Logger(label: "fuzz") { _ in SwiftLogNoOpLogHandler() }
         do {
             let manager = try VolumeManager(
-                nbdSocketPath: socketPath, tcpListen: nil, maximumConnections: 64,
+                nbdSocketPath: socketPath, maximumConnections: 64,
                 deviceSettings: DeviceSettings(connections: 1, reattachTimeout: 0), statePath: nil, logger: logger)
             self.manager = manager
             waitFor {

@@ -34,6 +34,14 @@ package struct NetworkAddress: Hashable, Sendable, CustomStringConvertible {
         host.utf8.contains(UInt8(ascii: ":")) ? "[\(host)]:\(port)" : "\(host):\(port)"
     }
 
+    /// The same host.
+    package func with(port: UInt16) -> NetworkAddress { NetworkAddress(host: host, port: port) }
+
+    private init(host: String, port: UInt16) {
+        self.host = host
+        self.port = port
+    }
+
     private static func split(_ text: String) throws(ConfigurationError) -> (host: String, port: String?) {
         guard !text.isEmpty else {
             throw ConfigurationError("an address is empty; write host:port or [IPv6 address]:port")

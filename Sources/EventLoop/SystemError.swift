@@ -7,13 +7,16 @@ package struct SystemError: Error, Sendable, CustomStringConvertible {
     package let code: Int32
     /// What was tried, for people: "bind /run/qbd/nbd.sock".
     package let operation: String
+    /// What says more than the errno's text; nil for nothing.
+    private let reason: String?
 
-    package init(code: Int32, operation: String) {
+    package init(code: Int32, operation: String, reason: String? = nil) {
         self.code = code
         self.operation = operation
+        self.reason = reason
     }
 
-    package var description: String { "\(operation): \(errnoText(code))" }
+    package var description: String { "\(operation): \(reason ?? errnoText(code))" }
 }
 
 /// The C library's text for an errno, on any thread.

@@ -75,7 +75,7 @@ package enum ListeningSocket {
         let code = getaddrinfo(host.isEmpty ? nil : host, String(port), &hints, &list)
         guard code == 0, let first = list else {
             let text = gai_strerror(code).map { String(cString: $0) } ?? "error \(code)"
-            throw SystemError(code: EADDRNOTAVAIL, operation: "resolve \(host) (\(text))")
+            throw SystemError(code: EADDRNOTAVAIL, operation: "resolve \(host)", reason: text)
         }
         defer { freeaddrinfo(list) }
         let info = first.pointee
@@ -95,5 +95,17 @@ package enum ListeningSocket {
             throw error
         }
         return descriptor
+    }
+
+    /// The port of a TCP socket that listens: the one the kernel chose where 0 was asked for.
+    package static func port(of descriptor: Int32) throws(SystemError) -> UInt16 {
+        var address = sockaddr_storage()
+        var length = socklen_t(MemoryLayout<sockaddr_storage>.size)
+        try withUnsafeMutablePointer(to: &address) { (pointer) throws(SystemError) in
+            let raw = UnsafeMutableRawPointer(pointer).assumingMemoryBound(to: sockaddr.self)
+            _ = try retrying("getsockname") { getsockname(descriptor, __SOCKADDR_ARG(__sockaddr__: raw), &length) }
+        }
+        // At the same place in the addresses of both families.
+        return withUnsafeBytes(of: address) { UInt16(bigEndian: $0.load(fromByteOffset: 2, as: UInt16.self)) }
     }
 }

@@ -78,8 +78,8 @@ final class MappingStore: Sendable {
         guard flock(lock, LOCK_EX | LOCK_NB) == 0 else {
             Glibc.close(lock)
             throw BackendError(
-                code: EBUSY, message: "another qbdd runs with the state folder \(path); stop it, or name another folder"
-            )
+                code: EBUSY,
+                message: "another qbdd runs with the state folder \(path); stop it, or name another one with --state")
         }
         if directory.exists("id"), let text = String(validating: try directory.read("id"), as: UTF8.self),
             let number = UInt32(text.prefix { $0 != "\n" }, radix: 16)
@@ -142,7 +142,12 @@ final class MappingStore: Sendable {
                 }
                 documents.append(document)
             } catch {
-                damaged.append("\(path)/\(file) cannot be read (\(error)); its mapping is not taken over")
+                let reason = (error as? BackendError)?.message ?? "\(path)/\(file) is damaged"
+                // Of the names, only a snapshot's volume holds the sign, behind the first.
+                let name = file.dropLast(Self.suffix.count).split(separator: "@", maxSplits: 1).joined(separator: "/")
+                damaged.append(
+                    "\(reason): the mapping of \(name) is not taken over; map it again, and if it has a device, unmap it"
+                        + " first")
             }
         }
         return (documents.sorted { $0.deviceID < $1.deviceID }, damaged)

@@ -85,7 +85,6 @@ package final class VolumeManager: Sendable {
     }
 
     let nbdSocketPath: String
-    private let tcpListen: (host: String, port: UInt16)?
     let maximumConnections: Int
     let deviceSettings: DeviceSettings
     let logger: Logger
@@ -100,15 +99,13 @@ package final class VolumeManager: Sendable {
 
     /// - Parameters:
     ///   - nbdSocketPath: the Unix socket of all exports.
-    ///   - tcpListen: an address for NBD over TCP, or nil for none.
     ///   - maximumConnections: NBD clients per volume, 1...1024.
     ///   - statePath: the folder for what must survive the daemon; nil keeps nothing.
     package init(
-        nbdSocketPath: String, tcpListen: (host: String, port: UInt16)?, maximumConnections: Int,
-        deviceSettings: DeviceSettings, statePath: String?, logger: Logger
+        nbdSocketPath: String, maximumConnections: Int, deviceSettings: DeviceSettings, statePath: String?,
+        logger: Logger
     ) throws(BackendError) {
         self.nbdSocketPath = nbdSocketPath
-        self.tcpListen = tcpListen
         self.maximumConnections = maximumConnections
         self.deviceSettings = deviceSettings
         if let statePath { store = try MappingStore(path: statePath) } else { store = nil }
@@ -121,21 +118,26 @@ package final class VolumeManager: Sendable {
         } catch { throw BackendError(error) }
     }
 
-    /// Opens the sockets for NBD clients.
+    /// Opens the socket for NBD clients of this host.
     package func start() async throws(BackendError) {
         let path = nbdSocketPath
         try await listen(isTCP: false) { () throws(SystemError) in try ListeningSocket.unix(path: path) }
         state.withLock { $0.ownsSocket = true }
-        guard let tcpListen else { return }
-        try await listen(isTCP: true) { () throws(SystemError) in
-            try ListeningSocket.tcp(host: tcpListen.host, port: tcpListen.port)
-        }
-        logger.info("NBD clients are served at \(tcpListen.host):\(tcpListen.port), without encryption or passwords")
     }
 
+    /// Opens a socket for NBD clients over TCP.
+    /// - Returns: its port, the one that was chosen for 0.
+    package func listen(host: String, port: UInt16) async throws(BackendError) -> UInt16 {
+        let descriptor = try await listen(isTCP: true) { () throws(SystemError) in
+            try ListeningSocket.tcp(host: host, port: port)
+        }
+        do throws(SystemError) { return try ListeningSocket.port(of: descriptor) } catch { throw BackendError(error) }
+    }
+
+    @discardableResult
     private func listen(
         isTCP: Bool, _ open: @escaping @Sendable () throws(SystemError) -> Int32
-    ) async throws(BackendError) {
+    ) async throws(BackendError) -> Int32 {
         do throws(SystemError) {
             let descriptor = try await blocking.run(open)
             let result = await listenerLoop.call { [listenerLoop, registry] () -> Result<Listener, SystemError> in
@@ -147,6 +149,7 @@ package final class VolumeManager: Sendable {
             guard let result else { throw SystemError(code: ESHUTDOWN, operation: "listen for NBD clients") }
             let listener = try result.get()
             state.withLock { $0.listeners.append(listener) }
+            return descriptor
         } catch { throw BackendError(error) }
     }
 

@@ -14,7 +14,10 @@ enum Daemon {
         let configuration = try await pools.configuration(options.configPath)
 
         // The control socket's path is taken first and opened last: who is answered there finds everything running.
-        let path = try ControlPath.reserve(options.socketPath)
+        let path: ControlPath
+        do throws(ControlError) { path = try ControlPath.reserve(options.socketPath) } catch {
+            throw error.advising("--socket")
+        }
         let manager = try await makeManager(options, configuration, logger)
         await manager.restore { (pool, config) throws(BackendError) in
             do throws(ControlError) {
@@ -52,22 +55,43 @@ enum Daemon {
     private static func makeManager(
         _ options: Options, _ configuration: DaemonConfiguration, _ logger: Logger
     ) async throws(ControlError) -> VolumeManager {
+        let manager: VolumeManager
         do throws(BackendError) {
-            let manager = try VolumeManager(
-                nbdSocketPath: options.nbdSocketPath,
-                tcpListen: configuration.nbd.listen.map { (host: $0.host, port: $0.port) },
-                maximumConnections: configuration.nbd.maxConnections,
-                deviceSettings: DeviceSettings(configuration.nbd),
-                statePath: options.statePath, logger: logger)
-            do throws(BackendError) {
-                try await manager.start()
-            } catch {
-                await manager.shutdown()
-                throw error
-            }
-            return manager
+            manager = try VolumeManager(
+                nbdSocketPath: options.nbdSocketPath, maximumConnections: configuration.nbd.maxConnections,
+                deviceSettings: DeviceSettings(configuration.nbd), statePath: options.statePath, logger: logger)
         } catch {
-            throw ControlError(error)
+            throw ControlError(error).advising("--state")
+        }
+        do throws(ControlError) {
+            do throws(BackendError) { try await manager.start() } catch {
+                throw ControlError(error).advising("--nbd-socket")
+            }
+            if let listen = configuration.nbd.listen { try await serve(manager, at: listen, options, logger) }
+        } catch {
+            await manager.shutdown()
+            throw error
+        }
+        return manager
+    }
+
+    private static func serve(
+        _ manager: VolumeManager, at listen: NetworkAddress, _ options: Options, _ logger: Logger
+    ) async throws(ControlError) {
+        do throws(BackendError) {
+            let port = try await manager.listen(host: listen.host, port: listen.port)
+            logger.info("NBD clients are served at \(listen.with(port: port)), without encryption or passwords")
+        } catch {
+            let remedy =
+                switch error.code {
+                case EADDRINUSE: "name a port that is free"
+                case EACCES, EPERM: "be root, or name a port from 1024 on"
+                default: "name an address of this host"
+                }
+            throw ControlError(
+                BackendError(
+                    code: error.code,
+                    message: "\(options.configPath): [nbd] listen = \(listen): \(error.message); \(remedy)"))
         }
     }
 
@@ -79,6 +103,17 @@ enum Daemon {
         limit.rlim_cur = limit.rlim_max
         if setrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &limit) != 0 {
             logger.warning("cannot raise the limit of open files to \(limit.rlim_max): errno \(errno)")
+        }
+    }
+}
+
+extension ControlError {
+    /// The same with what to do when this user may not use a path.
+    /// - Parameter option: names another path.
+    fileprivate func advising(_ option: String) -> ControlError {
+        switch code {
+        case EACCES, EPERM, EROFS: ControlError(code, "\(message); be root, or name another path with \(option)")
+        default: self
         }
     }
 }

@@ -44,7 +44,8 @@ enum Entry {
             return 0
         } catch {
             logger.error("\(error.message)")
-            return (1..<126).contains(error.code) ? error.code : 1
+            let code = ControlError.documented(error.code)
+            return (1..<126).contains(code) ? code : 1
         }
     }
 

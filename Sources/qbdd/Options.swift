@@ -65,6 +65,10 @@ struct Options: ParsableCommand {
 
     func validate() throws {
         if readOnly, serve == nil { throw ValidationError("--read-only goes with --serve only") }
+        guard serve != nil else { return }
+        for (name, path) in [("--socket", socket), ("--nbd-socket", nbdSocket), ("--state", state)] where path != nil {
+            throw ValidationError("\(name) does not go with --serve, which has only the socket that it inherits")
+        }
     }
 }
 
@@ -88,6 +92,9 @@ extension Options {
         ]
         where path?.isEmpty ?? false {
             throw ValidationError("the path of \(name) is empty")
+        }
+        guard serve != nil || socketPath != nbdSocketPath else {
+            throw ValidationError("--socket and --nbd-socket are both \(socketPath), and must be two sockets")
         }
     }
 

@@ -17,7 +17,7 @@ enum SingleServer {
         let timing = try await pools.timing(options.configPath)
         do throws(BackendError) {
             let manager = try VolumeManager(
-                nbdSocketPath: options.nbdSocketPath, tcpListen: nil,
+                nbdSocketPath: options.nbdSocketPath,
                 maximumConnections: try await pools.nbd(options.configPath).maxConnections,
                 deviceSettings: DeviceSettings(connections: 1, reattachTimeout: 0), statePath: nil, logger: logger)
             let stopper = Task {

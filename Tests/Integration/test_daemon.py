@@ -137,7 +137,46 @@ def test_tcp_port_taken(new_daemon):
     with socket.socket() as other:
         other.bind(("127.0.0.1", daemon.port))
         other.listen()
-        start_fails(daemon, str(daemon.port))
+        start_fails(daemon, f"{daemon.config}: [nbd] listen = 127.0.0.1:{daemon.port}", "port that is free")
+
+
+@pytest.mark.parametrize("host, word", [("192.0.2.77", "assign"), ("nosuchhost.invalid", "name")])
+def test_tcp_address_of_another_host(new_daemon, host, word):
+    daemon = new_daemon(configuration=f"[nbd]\nlisten={host}:10809\n")
+    assert start_fails(daemon, f"{daemon.config}: [nbd] listen = {host}:10809: ", word, "address of this host") == 99
+    assert host == "192.0.2.77" or "assign" not in daemon.log()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_tcp_port_that_the_kernel_chooses(new_daemon, host):
+    daemon = new_daemon(configuration=f"[nbd]\nlisten={host}:0\n").start()
+    daemon.volume("ram/foo", MiB)
+    port = daemon.log().split(f"NBD clients are served at {host}:")[1].split(",")[0]
+    run(["nbdinfo", f"nbd://{host}:{port}/ram/foo"]).succeeded()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.parametrize("option", ["--socket", "--nbd-socket", "--state"])
+def test_user_who_is_not_root(new_daemon, option):
+    daemon = new_daemon()
+    for path in (daemon.directory, daemon.state, daemon.pool_path):
+        path.chmod(0o777)
+    secret = daemon.directory / "secret"
+    secret.mkdir(mode=0o700)
+    options = [str(secret / "x") if before == option else word for before, word in zip(["", *daemon.options], daemon.options)]
+    result = run([QBDD, *options], user=65534, group=65534, extra_groups=[])
+    assert result.status == 1 and f"be root, or name another path with {option}" in result.err, str(result)
+
+
+def test_two_sockets_at_one_path(new_daemon):
+    daemon = new_daemon()
+    daemon.nbd_socket = daemon.socket
+    assert start_fails(daemon, f"--socket and --nbd-socket are both {daemon.socket}") == 64
+
+
+@pytest.mark.parametrize("option", ["--socket", "--nbd-socket", "--state"])
+def test_paths_that_serve_does_not_use(new_daemon, option):
+    assert start_fails(new_daemon(), option, options=["--serve", "disk/foo", option, "/tmp/x"]) == 64
 
 
 def test_unknown_option(new_daemon):
@@ -229,7 +268,8 @@ def test_damaged_state_does_not_keep_the_daemon_from_starting(daemon):
     victims[0].write_text('{"volume": "di')
     daemon.start()
     assert [one["volume"] for one in daemon.json("list")] == ["disk/b"]
-    assert victims[0].name in daemon.log()
+    assert victims[0].name in daemon.log() and "the mapping of disk/a is not taken over; map it again" in daemon.log()
+    assert "DecodingError" not in daemon.log()
     daemon.map("disk/a")
 
 
