@@ -112,7 +112,7 @@ extension VolumeManager {
     /// Takes it over when somebody asks for the very mapping.
     /// - Returns: nil when there is nothing to be taken over, and the volume can be mapped like any other.
     func mapLeftover(
-        _ pool: any VolumePool, _ options: MapOptions, _ name: String
+        _ pool: any VolumePool, _ options: MapOptions, _ pending: PendingMap, _ name: String
     ) async throws(BackendError) -> MappedVolume? {
         guard let leftover = leftover(name), leftover.isKept else { return nil }
         guard let document = leftover.document else { throw notTakenOver(name, leftover) }
@@ -121,12 +121,13 @@ extension VolumeManager {
         do throws(BackendError) {
             return try await takeOver(
                 leftover, document, pool, options.timing,
-                BringUp(.map(limit: options.timing.open), now: monotonicNanoseconds()), name)
+                BringUp(.map(limit: options.timing.open), now: monotonicNanoseconds()), name, pending)
         } catch {
-            _ = note(error, name)
+            // That it is unmapped is said by who does it.
+            if pending.reason == nil { _ = note(error, name) }
             guard let leftover = self.leftover(name), leftover.isKept else { return nil }
             // An export has nothing to lose, and why it is not there is the answer.
-            throw leftover.device == nil ? error : notTakenOver(name, leftover)
+            throw leftover.device == nil || pending.reason != nil ? error : notTakenOver(name, leftover)
         }
     }
 
@@ -147,6 +148,12 @@ extension VolumeManager {
     /// ENOTTY, or EBUSY for what may be taken over.
     func notMapped(_ name: String) -> BackendError {
         if let leftover = leftover(name), leftover.isKept { return notTakenOver(name, leftover) }
+        if let map = state.withLock({ $0.pending[name]?.first }) {
+            let why = map.problem.map { ": \($0.message)" } ?? ""
+            return BackendError(
+                code: ENOTTY,
+                message: "\(name) is being mapped, and not ready yet\(why); to give that up: qbd unmap \(name)")
+        }
         return BackendError(code: ENOTTY, message: "\(name) is not mapped; `qbd list` shows what is")
     }
 

@@ -7,11 +7,12 @@ import Logging
 extension VolumeManager {
     /// Brings the volume up: opens it, as often as that promises something, looks whether it can be served, and starts
     /// its loop.
+    /// - Parameter pending: the map that wants it, if that can be given up.
     func serve(
         _ pool: any VolumePool, _ volume: String, _ options: MapOptions, _ settings: VolumeSettings,
-        _ bringUp: BringUp, _ name: String, report: @escaping @Sendable (SessionEvent) -> Void
+        _ bringUp: BringUp, _ name: String, _ pending: PendingMap?, report: @escaping @Sendable (SessionEvent) -> Void
     ) async throws(BackendError) -> Volume {
-        let opened = try await open(pool, volume, options, bringUp, name)
+        let opened = try await open(pool, volume, options, bringUp, name, pending)
         var volumeLogger = logger
         volumeLogger[metadataKey: "volume"] = "\(name)"
         do throws(BackendError) {
@@ -26,18 +27,27 @@ extension VolumeManager {
     }
 
     private func open(
-        _ pool: any VolumePool, _ volume: String, _ options: MapOptions, _ bringUp: BringUp, _ name: String
+        _ pool: any VolumePool, _ volume: String, _ options: MapOptions, _ bringUp: BringUp, _ name: String,
+        _ pending: PendingMap?
     ) async throws(BackendError) -> any OpenVolume {
         // What a takeover waits for is told when it is over.
         var isFirst = !bringUp.isTakeover
         while true {
             do throws(BackendError) {
+                if let reason = pending?.reason { throw reason }
                 let limit = bringUp.remaining(now: monotonicNanoseconds())
                 // A cluster may take its time, and holds up nobody else.
                 return try await BlockingThread.alone { [self] in
-                    isStopping ? BackendError(code: ESHUTDOWN, message: "\(name) is not opened: qbdd is stopping") : nil
+                    isStopping
+                        ? BackendError(code: ESHUTDOWN, message: "\(name) is not opened: qbdd is stopping")
+                        : pending?.reason
                 } _: { () throws(BackendError) in
-                    try pool.open(volume: volume, readOnly: options.readOnly, within: limit)
+                    let opened = try pool.open(volume: volume, readOnly: options.readOnly, within: limit)
+                    do throws(BackendError) { try pending?.opened() } catch {
+                        opened.close()
+                        throw error
+                    }
+                    return opened
                 }
             } catch {
                 let pause: UInt64
@@ -46,6 +56,7 @@ extension VolumeManager {
                 case .again(let time): pause = time
                 }
                 guard !isStopping else { throw error }
+                pending?.note(error)
                 if isFirst {
                     logger.notice("not ready yet, tried again: \(error.message)", metadata: ["volume": "\(name)"])
                 }

@@ -11,10 +11,11 @@ extension VolumeManager {
         return list.sorted { $0.deviceID < $1.deviceID }
     }
 
-    /// - Returns: nil when it is not mapped.
+    /// - Returns: nil when it is neither mapped nor being mapped.
     package func configPath(pool: String, volume: String) -> String? {
         let name = "\(pool)/\(volume)"
         return mapping(name)?.options.configPath ?? leftover(name)?.document?.config
+            ?? state.withLock { $0.pending[name]?.first?.configPath }
     }
 
     package func info(pool: String, volume: String) async throws(BackendError) -> VolumeStatus {

@@ -77,7 +77,7 @@ extension VolumeManager {
             do throws(BackendError) {
                 let (pool, timing) = try await resolve(document.pool, document.config)
                 _ = try await takeOver(
-                    leftover, document, pool, timing, BringUp(.takeover, now: monotonicNanoseconds()), name)
+                    leftover, document, pool, timing, BringUp(.takeover, now: monotonicNanoseconds()), name, nil)
                 return true
             } catch {
                 return isStopping || !note(error, name)
@@ -88,7 +88,7 @@ extension VolumeManager {
     /// - Returns: nil when its device is gone, and the mapping with it.
     func takeOver(
         _ leftover: Leftover, _ document: MappingDocument, _ pool: any VolumePool, _ timing: VolumeTiming,
-        _ bringUp: BringUp, _ name: String
+        _ bringUp: BringUp, _ name: String, _ pending: PendingMap?
     ) async throws(BackendError) -> MappedVolume? {
         if let attached = leftover.device {
             let isThere = await blocking.run { attached.device.backend == attached.identifier.description }
@@ -101,7 +101,9 @@ extension VolumeManager {
             target: leftover.device == nil ? .export : .device(wanted: document.device?.wanted),
             readOnly: document.readOnly, configPath: document.config, timing: timing)
         let settings = VolumeSettings(document)
-        let volume = try await serve(pool, document.volume, options, settings, bringUp, name) { [weak self] event in
+        let volume = try await serve(
+            pool, document.volume, options, settings, bringUp, name, pending
+        ) { [weak self] event in
             self?.handle(event, document.pool, document.volume)
         }
         do throws(BackendError) {

@@ -71,6 +71,8 @@ package final class VolumeManager: Sendable {
         var mappings: [String: Mapping] = [:]
         /// What an earlier daemon had mapped, and this one has not taken over.
         var leftovers: [String: Leftover] = [:]
+        /// Maps under way, in the order asked.
+        var pending: [String: [PendingMap]] = [:]
         /// Being mapped: not in `mappings` yet.
         var reserved: Set<UInt32> = []
         var listeners: [Listener] = []
@@ -205,6 +207,9 @@ package final class VolumeManager: Sendable {
         _ pool: any VolumePool, volume: String, options: MapOptions
     ) async throws(BackendError) -> MappedVolume {
         let name = "\(pool.name)/\(volume)"
+        let pending = PendingMap(configPath: options.configPath)
+        add(pending, name)
+        defer { remove(pending, name) }
         return try await names.run(name) { [self] () throws(BackendError) in
             try Self.check(options.limits)
             if let mapping = mapping(name) {
@@ -214,8 +219,8 @@ package final class VolumeManager: Sendable {
                 return await describe(mapping)
             }
             if case .device = options.target { try await requireDriver(for: name) }
-            if let mapped = try await mapLeftover(pool, options, name) { return mapped }
-            return try await open(pool, volume, options, name) { [weak self] event in
+            if let mapped = try await mapLeftover(pool, options, pending, name) { return mapped }
+            return try await open(pool, volume, options, name, pending) { [weak self] event in
                 self?.handle(event, pool.name, volume)
             }
         }
@@ -233,7 +238,7 @@ package final class VolumeManager: Sendable {
     }
 
     private func open(
-        _ pool: any VolumePool, _ volume: String, _ options: MapOptions, _ name: String,
+        _ pool: any VolumePool, _ volume: String, _ options: MapOptions, _ name: String, _ pending: PendingMap?,
         report: @escaping @Sendable (SessionEvent) -> Void
     ) async throws(BackendError) -> MappedVolume {
         let others = await numbersOfOthers(options.target)
@@ -243,7 +248,7 @@ package final class VolumeManager: Sendable {
         defer { unreserve(deviceID) }
         let settings = VolumeSettings(limits: options.limits)
         let bringUp = BringUp(.map(limit: options.timing.open), now: monotonicNanoseconds())
-        let volume = try await serve(pool, volume, options, settings, bringUp, name, report: report)
+        let volume = try await serve(pool, volume, options, settings, bringUp, name, pending, report: report)
         var identifier: DeviceIdentifier?
         if case .device = options.target { identifier = store?.newIdentifier(deviceID, name) }
         do throws(BackendError) {
@@ -300,8 +305,11 @@ package final class VolumeManager: Sendable {
     package func unmap(pool: String, volume: String, force: Bool) async throws(BackendError) -> String? {
         let name = "\(pool)/\(volume)"
         if force { cancelSuspend(name) }
+        let wasPending = giveUpMaps(of: name)
         return try await names.run(name) { [self] () throws(BackendError) -> String? in
             guard let mapping = mapping(name) else {
+                // What it was asked to end is not there any more, and never was.
+                if wasPending, leftover(name) == nil { return nil }
                 return try await unmapLeftover(name, force: force)
             }
             let clients = await mapping.volume.status()?.clients ?? []
@@ -345,7 +353,7 @@ package final class VolumeManager: Sendable {
     ) async throws(BackendError) {
         let name = "\(pool.name)/\(volume)"
         let (gone, continuation) = AsyncStream.makeStream(of: Void.self)
-        _ = try await open(pool, volume, options, name) { event in
+        _ = try await open(pool, volume, options, name, nil) { event in
             if case .sessions(0) = event { continuation.yield() }
         }
         registry.setDefault(name)

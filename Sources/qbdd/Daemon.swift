@@ -47,6 +47,7 @@ enum Daemon {
         let signal = await signals.first()
         logger.info("\(signal) came, stopping")
         Readiness.tell("STOPPING=1", logger)
+        manager.giveUpMaps()
         await server.stop()
         await manager.shutdown()
         logger.info("stopped")

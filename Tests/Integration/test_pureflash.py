@@ -10,7 +10,7 @@ import time
 
 import nbd
 import pytest
-from harness import KiB, MiB, Daemon, run, wait_for
+from harness import KiB, MiB, QBD, SLOWNESS, Daemon, environment, run, wait_for
 from pureflash import OBJECT, SHARD, Store, addresses
 
 GiB = 1024 * MiB
@@ -168,6 +168,43 @@ def test_time_to_become_ready_is_of_the_configuration_of_the_map(daemon):
         # Nobody listens at port 1.
         other.write_text(f"[conductor]\nendpoints=127.0.0.1:1\n[client]\nopen_volume_timeout={seconds}\n")
         daemon.qbd("map", "--export", "disk/v", "-c", other).failed(110, f"not ready within {seconds} s:")
+
+
+def test_a_map_that_waits_is_given_up(daemon):
+    """By an unmap, and by the end of the daemon."""
+    daemon.config.write_text("[conductor]\nendpoints=127.0.0.1:1\n")
+    other = daemon.directory / "other.conf"
+    other.write_text(daemon.config.read_text())
+
+    def begin():
+        began = time.monotonic()
+        maps = [
+            subprocess.Popen(
+                [QBD, "map", "--export", "disk/v"], env=environment(**daemon.variables), text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+            for _ in range(2)
+        ]  # fmt: skip
+        wait_for(lambda: "cannot be reached" in daemon.qbd("info", "disk/v").failed(25).err, "a try has failed")
+        return began, maps
+
+    for force in ((), ("--force",)):
+        began, maps = begin()
+        daemon.qbd("info", "disk/v").failed(25, "is being mapped", "the conductor 127.0.0.1:1", "qbd unmap disk/v")
+        assert daemon.json("list") == []
+        daemon.qbd("unmap", "disk/v", "-c", other).failed(25, "not mapped with")
+        assert all(one.poll() is None for one in maps)
+        daemon.qbd("unmap", "disk/v", *force).succeeded()
+        for one in maps:
+            out, err = one.communicate(timeout=30)
+            assert (one.returncode, out) == (125, "") and "disk/v was unmapped before it was ready" in err
+        daemon.qbd("unmap", "disk/v", *force).failed(25, "not mapped")
+        assert time.monotonic() - began < 60 * SLOWNESS
+    began, maps = begin()
+    daemon.stop()
+    for one in maps:
+        out, err = one.communicate(timeout=30)
+        assert (one.returncode, out) == (108, "") and "qbdd is stopping" in err
 
 
 def test_volumes_of_a_cluster():
