@@ -65,7 +65,8 @@ package final class Listener: EventSource, @unchecked Sendable {
                 }
             }
             guard client >= 0 else { return acceptFailed(errno) }
-            if isTCP { setTCPOptions(client) }
+            // Two minutes: a client that loses an idle connection may not make another one.
+            if isTCP { ListeningSocket.watch(client, idle: 60, interval: 12) }
             begin(client, peer: isTCP ? describe(&address) : "unix")
         }
     }
@@ -110,12 +111,6 @@ package final class Listener: EventSource, @unchecked Sendable {
         handshakes[ObjectIdentifier(connection)] = nil
         host.handshakesChanged(handshakes.count)
         if handshakes.count < Self.maximumHandshakes, retry?.isArmed == false { resumeAccepting() }
-    }
-
-    private func setTCPOptions(_ client: Int32) {
-        var one: Int32 = 1
-        setsockopt(client, Int32(IPPROTO_TCP), TCP_NODELAY, &one, socklen_t(MemoryLayout<Int32>.size))
-        setsockopt(client, SOL_SOCKET, SO_KEEPALIVE, &one, socklen_t(MemoryLayout<Int32>.size))
     }
 
     private func describe(_ address: inout sockaddr_storage) -> String {

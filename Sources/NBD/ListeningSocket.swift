@@ -56,6 +56,27 @@ package enum ListeningSocket {
         try retrying("remove \(path)") { unlink(path) }
     }
 
+    /// Has an accepted TCP client answered at once, and its end noticed when its host says nothing more. What the kernel
+    /// does not take of it is not needed to be right.
+    /// - Parameters:
+    ///   - idle: seconds without a sign of the client after which it is asked for one.
+    ///   - interval: seconds between five more questions.
+    ///   - limit: milliseconds without an acknowledgement of what was sent, or with no room for more at the client's; nil
+    ///     where a client may be stopped for any time.
+    package static func watch(_ client: Int32, idle: Int32, interval: Int32, limit: Int32? = nil) {
+        func set(_ level: Int32, _ option: Int32, _ value: Int32) {
+            var value = value
+            setsockopt(client, level, option, &value, socklen_t(MemoryLayout<Int32>.size))
+        }
+        let tcp = Int32(IPPROTO_TCP)
+        set(tcp, TCP_NODELAY, 1)
+        set(SOL_SOCKET, SO_KEEPALIVE, 1)
+        set(tcp, TCP_KEEPIDLE, idle)
+        set(tcp, TCP_KEEPINTVL, interval)
+        set(tcp, TCP_KEEPCNT, 5)
+        if let limit { set(tcp, TCP_USER_TIMEOUT, limit) }
+    }
+
     private static func withAddress<Value, Failure: Error>(
         _ address: inout sockaddr_un, _ body: (__CONST_SOCKADDR_ARG, socklen_t) throws(Failure) -> Value
     ) throws(Failure) -> Value {

@@ -11,6 +11,8 @@ final class DataListener: EventSource, @unchecked Sendable {
     private static let maximumHandshakes = 512
     /// Seconds from connecting to a whole handshake.
     static let handshakeTimeout: UInt64 = 10
+    /// Milliseconds a client may be silent or take nothing; it connects again when it was not gone.
+    private static let silence: Int32 = 30_000
     /// Connections taken in one turn.
     private static let batch = 64
 
@@ -101,11 +103,8 @@ final class DataListener: EventSource, @unchecked Sendable {
     }
 
     private func begin(_ client: Int32, peer: String) {
-        var one: Int32 = 1
-        let size = socklen_t(MemoryLayout<Int32>.size)
-        // Neither is needed to be right, only to be fast and to hear of a client that vanished.
-        setsockopt(client, Int32(IPPROTO_TCP), TCP_NODELAY, &one, size)
-        setsockopt(client, SOL_SOCKET, SO_KEEPALIVE, &one, size)
+        // A client that has vanished keeps its volume from being deleted, and others from its place.
+        ListeningSocket.watch(client, idle: 5, interval: 5, limit: Self.silence)
         if pending.count >= Self.maximumHandshakes { pending[0].end("too many connections without a handshake") }
         let handshake = PendingHandshake(descriptor: client, peer: peer, listener: self)
         do throws(SystemError) {

@@ -104,6 +104,20 @@ def environment(**extra):
     return kept
 
 
+def connections(address, port):
+    """The rows of /proc/net/tcp of the connections that were accepted at an IPv4 address, split at blanks."""
+    wanted = f"{int.from_bytes(socket.inet_aton(address), 'little'):08X}:{port:04X}"
+    with open("/proc/net/tcp") as file:
+        rows = [line.split() for line in file.readlines()[1:]]
+    return [row for row in rows if row[1] == wanted and row[3] == "01"]
+
+
+def keepalive(address, port):
+    """Seconds until the kernel asks each client of an address for a sign; of those with a timer for that."""
+    timers = [row[5].split(":") for row in connections(address, port)]
+    return [int(left, 16) / 100 for kind, left in timers if kind == "02"]
+
+
 def run(command, timeout=60, **options):
     """Runs a program to its end."""
     command = [str(word) for word in command]

@@ -12,7 +12,7 @@ import tempfile
 import nbd
 import pytest
 
-from harness import KiB, MiB, environment, run, wait_for
+from harness import KiB, MiB, environment, keepalive, run, wait_for
 
 SIZE = 64 * MiB
 
@@ -519,6 +519,16 @@ def test_tcp(new_daemon, pool, image, scratch):
     run(["nbdcopy", "--connections=4", uri, scratch / "back"]).succeeded()
     assert digest(scratch / "back") == digest(image)
     fio(remote, "--rw=randrw", "--bs=4k", *VERIFY, *JOBS)
+
+
+def test_a_silent_tcp_client_is_asked_for_a_sign(new_daemon):
+    daemon = new_daemon(tcp=True).start()
+    daemon.volume("disk/a")
+    client = nbd.NBD()
+    client.connect_uri(f"nbd://127.0.0.1:{daemon.port}/disk/a")
+    wait_for(lambda: keepalive("127.0.0.1", daemon.port), "its connection has a keep-alive timer")
+    assert keepalive("127.0.0.1", daemon.port)[0] <= 60
+    client.shutdown()
 
 
 def test_no_tcp_unless_configured(daemon):
