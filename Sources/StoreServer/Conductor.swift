@@ -21,6 +21,9 @@ actor Conductor {
     private let logger: Logger
     private var turns = Turns()
 
+    /// Snapshots of a volume that are remembered as begun; those of older failures are forgotten.
+    private static let maximumBegun = 32
+
     init(
         executor: ThreadExecutor, node: StoreNode, caller: StoreCaller, pools: [String: StorePool], stores: [String],
         faults: Faults?, logger: Logger
@@ -118,8 +121,12 @@ actor Conductor {
     ) throws(RefusedRequest) -> (record: VolumeRecord, entry: StorePool.Entry) {
         do throws(BackendError) {
             let record = try pool.record(volume)
-            return (record, try pool.entry(record, own: node.address))
+            return (record, try pool.entry(record))
         } catch { throw RefusedRequest(error) }
+    }
+
+    private func keep(_ entry: StorePool.Entry, _ pool: StorePool, _ volume: String) throws(RefusedRequest) {
+        do throws(BackendError) { try pool.keep(entry, of: volume) } catch { throw RefusedRequest(error) }
     }
 
     // MARK: Orders for stores
@@ -149,7 +156,7 @@ actor Conductor {
     private enum Outcome: Sendable {
         case done
         case refused(RefusedRequest)
-        case unreachable(String)
+        case unreachable(StoreCaller.Unreachable)
     }
 
     private func send(_ order: VolumeOrder, to store: String) async -> Outcome {
@@ -163,8 +170,14 @@ actor Conductor {
             guard let refusal = try await caller.send(order, to: store) else { return .done }
             return .refused(RefusedRequest(refusal.code, "the store \(store): \(refusal.reason)"))
         } catch {
-            logger.warning("\(error)")
-            return .unreachable(error.description)
+            var unreachable = error
+            // Its address may have been another one when the volume was made.
+            if order.op != "create_volume", let path = pools[order.tenant]?.entryPath(order.volumeName) {
+                let key = order.op == "withdraw_volume" ? "suspects" : "stores"
+                unreachable.description += "; its address is from '\(key)' in \(path)"
+            }
+            logger.warning("\(unreachable)")
+            return .unreachable(unreachable)
         }
     }
 
@@ -183,7 +196,7 @@ actor Conductor {
             switch outcome {
             case .done: break
             case .refused(let refusal): throw refusal
-            case .unreachable(let why): throw RefusedRequest(.remote, why)
+            case .unreachable(let why): throw RefusedRequest(.remote, why.description)
             }
         }
     }
@@ -239,14 +252,16 @@ actor Conductor {
         if let copies = try number("rep_cnt", query), copies != 1 {
             throw RefusedRequest(.invalidArgument, "rep_cnt is \(copies), and qbd-store keeps one copy of a volume")
         }
+        _ = try await withdraw(pool, name)
         let record: VolumeRecord
         do throws(BackendError) {
             record = try pool.volumes.create(volume: name, size: size, blockSize: StoreProtocol.sector)
         } catch { throw RefusedRequest(error) }
         var created: [String] = []
+        var suspects: [String] = []
         do throws(RefusedRequest) {
             do throws(BackendError) {
-                var entry = try pool.entry(record, own: node.address)
+                var entry = try pool.entry(record)
                 // All of them, for when it grows.
                 entry.stores = stores
                 try pool.keep(entry, of: name)
@@ -255,7 +270,9 @@ actor Conductor {
                     switch await send(order, to: store) {
                     case .done: created.append(store)
                     case .refused(let refusal): throw BackendError(code: EREMOTEIO, message: refusal.reason)
-                    case .unreachable(let why): throw BackendError(code: EREMOTEIO, message: why)
+                    case .unreachable(let why):
+                        if why.mayObey { suspects.append(store) }
+                        throw BackendError(code: EREMOTEIO, message: why.description)
                     }
                 }
                 logger.info("created \(pool.name)/\(name), \(size) bytes")
@@ -264,30 +281,52 @@ actor Conductor {
                 throw RefusedRequest(error.code == EREMOTEIO ? .remote : RefusedRequest(error).code, error.message)
             }
         } catch {
-            await undoCreate(pool, name, record, created)
+            await undoCreate(pool, name, record, created, suspects)
             throw error
         }
     }
 
-    private func undoCreate(_ pool: StorePool, _ name: String, _ record: VolumeRecord, _ created: [String]) async {
+    /// - Parameter suspects: stores that were told and may do it yet.
+    private func undoCreate(
+        _ pool: StorePool, _ name: String, _ record: VolumeRecord, _ created: [String], _ suspects: [String]
+    ) async {
         do throws(BackendError) {
-            let entry = try pool.entry(record, own: node.address)
+            var entry = try pool.entry(record)
+            entry.suspects = suspects
             for (store, outcome) in await send(
                 order("delete_volume", pool, name, size: record.size, entry), toEach: created)
             {
                 if case .done = outcome { continue }
-                logger.warning("\(pool.name)/\(name) is left over at the store \(store)")
+                entry.suspects.append(store)
+            }
+            if !entry.suspects.isEmpty {
+                try pool.keep(entry, of: name)
+                let stores = entry.suspects.joined(separator: ", ")
+                logger.warning("\(pool.name)/\(name) may be left over at \(stores) until created or deleted again")
             }
             try pool.volumes.delete(volume: name, snapshots: false)
-            try pool.forget(name)
+            if entry.suspects.isEmpty { try pool.forget(name) }
         } catch {
             logger.warning("\(pool.name)/\(name) is left over: \(error)")
         }
     }
 
+    /// Has stores delete what they may have of a volume whose creation failed.
+    /// - Returns: whether there was such a volume.
+    private func withdraw(_ pool: StorePool, _ name: String) async throws(RefusedRequest) -> Bool {
+        let found: StorePool.Entry?
+        do throws(BackendError) { found = try pool.leftover(name) } catch { throw RefusedRequest(error) }
+        guard let found else { return false }
+        let order = order("withdraw_volume", pool, name, size: UInt64(StoreProtocol.sector), found)
+        try await require(order, of: found.suspects)
+        do throws(BackendError) { try pool.forget(name) } catch { throw RefusedRequest(error) }
+        return true
+    }
+
     private func delete(_ query: HTTPQuery) async throws(RefusedRequest) {
         let pool = try pool(query)
         let name = try volumeName(query)
+        if try await withdraw(pool, name) { return }
         let (record, entry) = try found(pool, name)
         // Nothing goes before it is known that nobody uses it anywhere.
         try await require(order("release_volume", pool, name, size: record.size, entry), of: entry.stores)
@@ -346,10 +385,24 @@ actor Conductor {
                 "\(pool.name)/\(name) lies on \(holders.count) stores, which cannot make one snapshot at one moment")
         }
         order.snapshotName = wanted
-        try await require(order, of: Array(holders))
+        order.replaces = entry.begun.contains(wanted)
+        // Known before the store knows it: one that is made and not noted here could be neither opened nor made again.
+        if order.replaces == false {
+            entry.begun = entry.begun.suffix(Self.maximumBegun - 1) + [wanted]
+            try keep(entry, pool, name)
+        }
+        do throws(RefusedRequest) { try await require(order, of: Array(holders)) } catch {
+            if error.code == .alreadyDone, order.replaces == false {
+                // Somebody else's, which no later try is to replace.
+                entry.begun.removeAll { $0 == wanted }
+                try keep(entry, pool, name)
+            }
+            throw error
+        }
+        entry.begun.removeAll { $0 == wanted }
         entry.snapshots.append(.init(name: wanted, number: entry.nextSnapshot, size: record.size))
         entry.nextSnapshot += 1
-        do throws(BackendError) { try pool.keep(entry, of: name) } catch { throw RefusedRequest(error) }
+        try keep(entry, pool, name)
         logger.info("made the snapshot \(pool.name)/\(name)@\(wanted)")
     }
 
@@ -362,11 +415,12 @@ actor Conductor {
             var volumes: [ListVolumeAnswer.Volume] = []
             for record in try pool.volumes.list() where only.isEmpty || record.volume == only {
                 guard volumes.count < limit else { break }
-                let entry = try pool.entry(record, own: node.address)
+                let entry = try pool.entry(record)
                 volumes.append(
                     .init(
                         id: entry.id, name: record.volume, size: record.size, tenantId: tenant,
-                        exposed: node.volume(entry.id) == nil ? 0 : 1, shardSize: StoreProtocol.shardSize,
+                        exposed: node.volume(entry.id)?.name == "\(pool.name)/\(record.volume)" ? 1 : 0,
+                        shardSize: StoreProtocol.shardSize,
                         metaVer: entry.metaVersion, snapSeq: Int64(entry.nextSnapshot)))
             }
             return ListVolumeAnswer(volumes: volumes)
@@ -413,7 +467,7 @@ actor Conductor {
         do throws(BackendError) {
             for pool in pools.values {
                 for record in try pool.volumes.list() {
-                    let entry = try pool.entry(record, own: node.address)
+                    let entry = try pool.entry(record)
                     if entry.id == id { return HandleErrorAnswer(metaVer: entry.metaVersion) }
                 }
             }
@@ -427,7 +481,7 @@ actor Conductor {
         let (record, known) = try found(pool, volume)
         var entry = known
         entry.metaVersion &+= 1
-        do throws(BackendError) { try pool.keep(entry, of: volume) } catch { throw RefusedRequest(error) }
+        try keep(entry, pool, volume)
         try await require(order("set_meta_ver", pool, volume, size: record.size, entry), of: entry.stores)
     }
 }

@@ -95,6 +95,8 @@ package struct VolumeOrder: Codable, Sendable {
     package var features = 0
     /// The snapshot to make or to let be read, numbered `snapSeq`.
     package var snapshotName: String?
+    /// A snapshot of this name was begun before, and nobody has seen it: it goes when it is there.
+    package var replaces: Bool?
 
     /// What a request means that names no tenant.
     static let defaultTenant = "tenant_default"

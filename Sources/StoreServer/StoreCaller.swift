@@ -9,6 +9,8 @@ import NIOPosix
 struct StoreCaller: Sendable {
     private static let connectTime = TimeAmount.seconds(2)
     private static let answerTime = TimeAmount.seconds(5)
+    /// Of a snapshot, before which all that was written has to be on the disk.
+    private static let snapshotTime = TimeAmount.seconds(60)
 
     let group: MultiThreadedEventLoopGroup
     /// Of their HTTP.
@@ -16,6 +18,12 @@ struct StoreCaller: Sendable {
 
     /// The store could not be asked.
     struct Unreachable: Error, CustomStringConvertible {
+        var description: String
+        /// It has got the order, or part of it.
+        var mayObey = true
+    }
+
+    private struct NotConnected: Error, CustomStringConvertible {
         let description: String
     }
 
@@ -24,8 +32,10 @@ struct StoreCaller: Sendable {
         let uri = "/api?op=\(order.op)&name=\(order.volumeName)"
         let body = StoreJSON.encode(order)
         let bytes: [UInt8]
-        do { bytes = try await post(uri, body, store) } catch {
-            throw Unreachable(description: "the store \(store):\(port) cannot be asked: \(error)")
+        let time = order.op == "create_snapshot" ? Self.snapshotTime : Self.answerTime
+        do { bytes = try await post(uri, body, store, within: time) } catch {
+            throw Unreachable(
+                description: "the store \(store):\(port) cannot be asked: \(error)", mayObey: !(error is NotConnected))
         }
         do throws(RefusedRequest) {
             let answer = try StoreJSON.decode(PlainAnswer.self, from: bytes)
@@ -35,11 +45,13 @@ struct StoreCaller: Sendable {
         } catch { throw Unreachable(description: "the store \(store):\(port): \(error)") }
     }
 
-    private func post(_ uri: String, _ body: String, _ store: String) async throws -> [UInt8] {
+    private func post(
+        _ uri: String, _ body: String, _ store: String, within time: TimeAmount
+    ) async throws -> [UInt8] {
         let loop = group.any()
         let promise = loop.makePromise(of: [UInt8].self)
-        let deadline = loop.scheduleTask(in: Self.answerTime) {
-            promise.fail(Unreachable(description: "no answer within 5 s"))
+        let deadline = loop.scheduleTask(in: time) {
+            promise.fail(Unreachable(description: "no answer within \(time.nanoseconds / 1_000_000_000) s"))
         }
         let host = "\(store):\(port)"
         ClientBootstrap(group: loop).connectTimeout(Self.connectTime).channelInitializer { channel in
@@ -50,7 +62,7 @@ struct StoreCaller: Sendable {
             }
         }.connect(host: store, port: port).whenComplete { result in
             switch result {
-            case .failure(let error): promise.fail(error)
+            case .failure(let error): promise.fail(NotConnected(description: "\(error)"))
             case .success(let channel): promise.futureResult.whenComplete { _ in channel.close(promise: nil) }
             }
         }

@@ -86,15 +86,17 @@ actor StoreNode {
                 try await prepare(order, pool)
                 if let snapshot = order.snapshotName { try await prepare(snapshot, order, pool) }
             case "create_snapshot": try await createSnapshot(order, pool)
-            case "create_volume":
-                _ = try pool.volumes.create(
-                    volume: order.volumeName, size: order.volumeSize, blockSize: StoreProtocol.sector)
-            case "release_volume": try await release(order)
+            case "create_volume": try create(order, pool)
+            case "withdraw_volume":
+                guard try isMade(for: order, pool) else { break }
+                try await release(order, pool)
+                try delete(order, pool)
+            case "release_volume": try await release(order, pool)
             case "delete_volume":
-                try await release(order)
+                try await release(order, pool)
                 try delete(order, pool)
             case "resize_volume": try await resize(order, pool)
-            case "set_meta_ver": await setMetaVersion(order.metaVer, of: order.volumeId)
+            case "set_meta_ver": await served(order, pool)?.setMetaVersion(order.metaVer)
             default: throw BackendError(code: EINVAL, message: "a store has no operation \(order.op)")
             }
         } catch { throw RefusedRequest(error) }
@@ -122,23 +124,52 @@ actor StoreNode {
             id: order.volumeId, size: order.volumeSize, metaVersion: order.metaVer, shards: shards)
     }
 
+    private static func name(_ order: VolumeOrder, _ pool: StorePool) -> String { "\(pool.name)/\(order.volumeName)" }
+
+    /// The volume of an order; nil when it is not served, also when another one that is has its id.
+    private func served(_ order: VolumeOrder, _ pool: StorePool) -> StoreVolume? {
+        guard let volume = volume(order.volumeId), volume.name == Self.name(order, pool) else { return nil }
+        return volume
+    }
+
     private func prepare(_ order: VolumeOrder, _ pool: StorePool) async throws(BackendError) {
-        if let volume = volume(order.volumeId) {
+        if let volume = served(order, pool) {
             try check(volume.opened, has: order.volumeSize, pool)
             return await volume.update(layout(order))
         }
+        if let other = volume(order.volumeId) { throw clash(order, pool, other) }
         let opened = try pool.volumes.open(volume: order.volumeName, readOnly: false)
+        let volume: StoreVolume
         do throws(BackendError) {
             try check(opened, has: order.volumeSize, pool)
-            let volume = try await StoreVolume.start(
-                name: "\(pool.name)/\(order.volumeName)", opened: opened, layout: layout(order), durable: durable,
+            volume = try await StoreVolume.start(
+                name: Self.name(order, pool), opened: opened, layout: layout(order), durable: durable,
                 faults: faults, logger: logger)
-            prepared.withLock { $0[order.volumeId] = volume }
-            logger.info("serving \(volume.name)")
         } catch {
             opened.close()
             throw error
         }
+        let other = prepared.withLock { prepared in
+            let other = prepared[order.volumeId]
+            if other == nil { prepared[order.volumeId] = volume }
+            return other
+        }
+        if let other {
+            await volume.stop()
+            throw clash(order, pool, other)
+        }
+        logger.info("serving \(volume.name)")
+    }
+
+    /// Clients name a volume by its id alone: of two with the same, one would get what is meant for the other.
+    private func clash(_ order: VolumeOrder, _ pool: StorePool, _ other: StoreVolume) -> BackendError {
+        let file = pool.path.map { "'id' in \($0)/\(order.volumeName).volume" } ?? "the id"
+        return BackendError(
+            code: EEXIST,
+            message:
+                "\(Self.name(order, pool)) has the id 0x\(String(order.volumeId, radix: 16)) of \(other.name), which"
+                + " is served: one is a copy of the other's files; give the copy another multiple of 0x1000000 as \(file)"
+        )
     }
 
     private func check(_ opened: any OpenVolume, has size: UInt64, _ pool: StorePool) throws(BackendError) {
@@ -153,7 +184,7 @@ actor StoreNode {
     }
 
     private func prepare(_ snapshot: String, _ order: VolumeOrder, _ pool: StorePool) async throws(BackendError) {
-        guard let volume = volume(order.volumeId), let number = UInt32(exactly: order.snapSeq),
+        guard let volume = served(order, pool), let number = UInt32(exactly: order.snapSeq),
             await !volume.hasSnapshot(number)
         else { return }
         let opened = try pool.volumes.open(volume: "\(order.volumeName)@\(snapshot)", readOnly: true)
@@ -169,7 +200,14 @@ actor StoreNode {
                 code: EOPNOTSUPP,
                 message: "the volumes of tenant \(pool.name) have no snapshots; those of pools of type local do")
         }
-        guard let volume = volume(order.volumeId) else {
+        // It may be of any moment since it was begun, and the client wants this one.
+        if order.replaces == true,
+            try snapshots.snapshots(volume: order.volumeName).contains(where: { $0.name == name })
+        {
+            logger.info("\(Self.name(order, pool))@\(name) was begun before and is made anew")
+            try snapshots.deleteSnapshot(volume: order.volumeName, snapshot: name)
+        }
+        guard let volume = served(order, pool) else {
             _ = try snapshots.createSnapshot(volume: order.volumeName, snapshot: name)
             return
         }
@@ -177,8 +215,8 @@ actor StoreNode {
     }
 
     /// Closes a volume that no client is connected to.
-    private func release(_ order: VolumeOrder) async throws(BackendError) {
-        guard let volume = volume(order.volumeId) else { return }
+    private func release(_ order: VolumeOrder, _ pool: StorePool) async throws(BackendError) {
+        guard let volume = served(order, pool) else { return }
         let count = await volume.connections()
         guard count == 0 else {
             throw BackendError(
@@ -189,15 +227,37 @@ actor StoreNode {
         await volume.stop()
     }
 
+    /// For a conductor elsewhere, which keeps the catalogue.
+    private func create(_ order: VolumeOrder, _ pool: StorePool) throws(BackendError) {
+        let record = try pool.volumes.create(
+            volume: order.volumeName, size: order.volumeSize, blockSize: StoreProtocol.sector)
+        do throws(BackendError) {
+            var entry = try pool.entry(record)
+            entry.origin = order.volumeId
+            try pool.keep(entry, of: order.volumeName)
+            logger.info("created \(Self.name(order, pool)), \(order.volumeSize) bytes")
+        } catch {
+            try delete(order, pool)
+            throw error
+        }
+    }
+
+    /// Whether there is a volume that `create` has made for an order with this id, and no other one of its name.
+    private func isMade(for order: VolumeOrder, _ pool: StorePool) throws(BackendError) -> Bool {
+        guard let record = try pool.volumes.list().first(where: { $0.volume == order.volumeName }) else { return false }
+        return try pool.entry(record).origin == order.volumeId
+    }
+
     private func delete(_ order: VolumeOrder, _ pool: StorePool) throws(BackendError) {
         do throws(BackendError) { try pool.volumes.delete(volume: order.volumeName, snapshots: true) } catch {
             // An earlier try came as far as this.
             guard error.code == ENOENT else { throw error }
         }
+        try pool.forget(order.volumeName)
     }
 
     private func resize(_ order: VolumeOrder, _ pool: StorePool) async throws(BackendError) {
-        guard let volume = volume(order.volumeId) else {
+        guard let volume = served(order, pool) else {
             if try pool.record(order.volumeName).size < order.volumeSize {
                 _ = try pool.volumes.grow(volume: order.volumeName, to: order.volumeSize)
             }

@@ -17,6 +17,12 @@ final class StorePool: Sendable {
         var snapshots: [Snapshot] = []
         /// The number of the next snapshot; no number is used again.
         var nextSnapshot: UInt32 = 1
+        /// Names of snapshots that a store was told to make and that are not in `snapshots`: it may have made them.
+        var begun: [String] = []
+        /// Stores that may have made this volume after its creation had failed. There is no such volume then.
+        var suspects: [String] = []
+        /// Of a volume that a conductor elsewhere had made here: its id there.
+        var origin: UInt64?
     }
 
     struct Snapshot: Sendable {
@@ -32,8 +38,11 @@ final class StorePool: Sendable {
     let path: String?
     /// Of a memory pool.
     private let entries = Mutex<[String: Entry]>([:])
+    /// The address of the conductor's own store, which serves volumes that were made without a conductor.
+    private let own: String
 
-    init(_ configuration: PoolConfiguration) {
+    init(_ configuration: PoolConfiguration, own: String) {
+        self.own = own
         name = configuration.name
         switch configuration.kind {
         case .local(let path):
@@ -56,9 +65,13 @@ final class StorePool: Sendable {
 
     private static func file(_ volume: String) -> String { volume + ".pureflash" }
     private static let version = "1"
+    /// Stands for the conductor's own store, whose address may change.
+    private static let ownStore = "self"
 
-    /// - Parameter own: serves volumes that were made without a conductor.
-    func entry(_ record: VolumeRecord, own: String) throws(BackendError) -> Entry {
+    /// Where the entry of a volume is; nil when it is in memory.
+    func entryPath(_ volume: String) -> String? { path.map { "\($0)/\(Self.file(volume))" } }
+
+    func entry(_ record: VolumeRecord) throws(BackendError) -> Entry {
         guard let path else {
             return entries.withLock { entries in
                 if let entry = entries[record.volume] { return entry }
@@ -68,28 +81,46 @@ final class StorePool: Sendable {
                 return entry
             }
         }
-        let directory = try Directory(path: path)
-        guard directory.exists(Self.file(record.volume)) else { return Entry(id: record.id, stores: [own]) }
-        let entry = try Self.parse(try directory.read(Self.file(record.volume)), "\(path)/\(Self.file(record.volume))")
         // One that a volume of the same name has left says nothing of this one.
-        return entry.id == record.id ? entry : Entry(id: record.id, stores: [own])
+        guard let entry = try read(record.volume, in: path), entry.id == record.id else {
+            return Entry(id: record.id, stores: [own])
+        }
+        return entry
+    }
+
+    /// What is known of a volume whose creation failed and that stores may have; nil when there is no such.
+    func leftover(_ volume: String) throws(BackendError) -> Entry? {
+        let entry = if let path { try read(volume, in: path) } else { entries.withLock { $0[volume] } }
+        guard let entry, !entry.suspects.isEmpty, try !volumes.list().contains(where: { $0.volume == volume }) else {
+            return nil
+        }
+        return entry
+    }
+
+    private func read(_ volume: String, in path: String) throws(BackendError) -> Entry? {
+        let directory = try Directory(path: path)
+        guard directory.exists(Self.file(volume)) else { return nil }
+        return try parse(try directory.read(Self.file(volume)), "\(path)/\(Self.file(volume))")
     }
 
     func keep(_ entry: Entry, of volume: String) throws(BackendError) {
         guard let path else { return entries.withLock { $0[volume] = entry } }
         let directory = try Directory(path: path)
         let draft = Self.file(volume) + ".new"
-        try directory.write(
-            """
+        var text = """
             # What the conductor of qbd-store knows of this volume
             version = \(Self.version)
             id = 0x\(String(entry.id, radix: 16))
             meta_ver = \(entry.metaVersion)
-            stores = \(entry.stores.joined(separator: ","))
+            stores = \(entry.stores == [own] ? Self.ownStore : entry.stores.joined(separator: ","))
             snap_seq = \(entry.nextSnapshot)
             snapshots = \(entry.snapshots.map { "\($0.name):\($0.number):\($0.size)" }.joined(separator: ","))
 
-            """, to: draft)
+            """
+        if !entry.begun.isEmpty { text += "begun = \(entry.begun.joined(separator: ","))\n" }
+        if !entry.suspects.isEmpty { text += "suspects = \(entry.suspects.joined(separator: ","))\n" }
+        if let origin = entry.origin { text += "origin = 0x\(String(origin, radix: 16))\n" }
+        try directory.write(text, to: draft)
         try directory.rename(draft, to: Self.file(volume))
         try directory.synchronize()
     }
@@ -102,15 +133,17 @@ final class StorePool: Sendable {
         try Directory(path: path).remove(Self.file(volume))
     }
 
-    private static func parse(_ bytes: [UInt8], _ file: String) throws(BackendError) -> Entry {
+    private func parse(_ bytes: [UInt8], _ file: String) throws(BackendError) -> Entry {
         var values: [String: String] = [:]
         for line in String(decoding: bytes, as: UTF8.self).split(separator: "\n") where !line.hasPrefix("#") {
             let parts = line.split(separator: "=", maxSplits: 1).map { $0.filter { $0 != " " } }
             if parts.count == 2 { values[parts[0]] = parts[1] }
         }
-        guard values["version"] == version, let id = values["id"].flatMap({ UInt64($0.dropFirst(2), radix: 16) }),
+        func list(_ key: String) -> [String] { values[key]?.split(separator: ",").map(String.init) ?? [] }
+        func hexadecimal(_ key: String) -> UInt64? { values[key].flatMap { UInt64($0.dropFirst(2), radix: 16) } }
+        guard values["version"] == Self.version, let id = hexadecimal("id"),
             let metaVersion = values["meta_ver"].flatMap({ UInt16($0) }),
-            let stores = values["stores"]?.split(separator: ",").map(String.init), !stores.isEmpty,
+            case let stores = list("stores").map({ $0 == Self.ownStore ? own : $0 }), !stores.isEmpty,
             let nextSnapshot = values["snap_seq"].flatMap({ UInt32($0) }),
             let texts = values["snapshots"]?.split(separator: ","),
             case let snapshots = texts.compactMap(Self.snapshot),
@@ -121,7 +154,8 @@ final class StorePool: Sendable {
                 message: "\(file) is damaged: it says which stores hold the volume; restore it, or write it anew")
         }
         return Entry(
-            id: id, metaVersion: metaVersion, stores: stores, snapshots: snapshots, nextSnapshot: nextSnapshot)
+            id: id, metaVersion: metaVersion, stores: stores, snapshots: snapshots, nextSnapshot: nextSnapshot,
+            begun: list("begun"), suspects: list("suspects"), origin: hexadecimal("origin"))
     }
 
     private static func snapshot(_ text: Substring) -> Snapshot? {

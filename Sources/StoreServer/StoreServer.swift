@@ -51,7 +51,8 @@ package final class StoreServer: Sendable {
     /// Listens and answers when it returns.
     package init(_ settings: Settings, logger: Logger) async throws(BackendError) {
         let faults = settings.allowFaults ? Faults() : nil
-        let pools = Dictionary(uniqueKeysWithValues: settings.pools.map { ($0.name, StorePool($0)) })
+        let pools = Dictionary(
+            uniqueKeysWithValues: settings.pools.map { ($0.name, StorePool($0, own: settings.address)) })
         do throws(SystemError) {
             let executor = try ThreadExecutor(name: "store:blocking")
             let node = StoreNode(

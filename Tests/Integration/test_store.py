@@ -1,9 +1,13 @@
 """qbd-store, by a client written by hand: everything the real engine leaves unchecked, its conductor, its faults."""
 
+import contextlib
 import json
 import os
 import random
+import re
 import resource
+import shutil
+import signal
 import socket
 import struct
 import threading
@@ -12,7 +16,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from harness import KiB, MiB, run, wait_for
+from harness import KiB, MiB, connections, keepalive, run, wait_for
 from pureflash import (
     COMMAND, HANDSHAKE, HEAD, INVALID_FIELD, INVALID_OPCODE, INVALID_STATE, LBA_RANGE, MAXIMUM, NOT_PRIMARY, OBJECT,
     READ, READONLY, REOPEN, REPLY, SHARD, STORE, SUCCESS, WRITE, Connection, Store, addresses, command,
@@ -370,6 +374,67 @@ def test_a_volume_of_the_local_pool_is_served_too(new_store):
     assert store.open("disk", "a")["shards"][0]["store_ips"] == store.address
 
 
+@pytest.fixture
+def copied(new_store):
+    """A store with a copy of the pool `disk` and its volume `a` as the pool `copy`."""
+    store = new_store()
+    store.copy_path = store.directory / "copy"
+    store.config.write_text(store.config.read_text() + f"\n[pool.copy]\ntype=local\npath={store.copy_path}\n")
+    store.start()
+    store.create("disk", "a", MiB)
+    store.stop()
+    shutil.copytree(store.pool_path, store.copy_path)
+    return store.start()
+
+
+def test_a_copy_with_the_same_id_is_not_its_original(copied):
+    with copied.connect(copied.open("disk", "a")["volume_id"]) as client:
+        assert client.write(0, b"A" * 512) == SUCCESS
+        copied.refused(
+            "open_volume", 6, "id", "of disk/a, which is served", str(copied.copy_path / "a.volume"),
+            tenant_name="copy", volume_name="a", snapshot_name="",
+        )  # fmt: skip
+        copied.ok("create_snapshot", tenant_name="copy", volume_name="a", snapshot_name="s")
+        copied.refused("open_volume", 2, "no snapshot", tenant_name="disk", volume_name="a", snapshot_name="s")
+        copied.ok("update_volume", tenant_name="copy", volume_name="a", size=2)
+        assert client.status(READ, MiB, 512) == LBA_RANGE, "the original did not grow"
+        exposed = [copied.ok("list_volume", tenant_name=tenant)["volumes"][0]["exposed"] for tenant in ("disk", "copy")]
+        assert exposed == [1, 0]
+        copied.ok("delete_volume", tenant_name="copy", volume_name="a")
+        assert client.read(0, 512) == b"A" * 512
+    assert copied.open("disk", "a")["volume_size"] == MiB
+
+
+def test_a_copy_with_an_id_of_its_own(copied):
+    description = copied.copy_path / "a.volume"
+    text = description.read_text()
+    description.write_text(re.sub(r"(?m)^id = .*", "id = 0x42000000", text))
+    ids = [copied.open(tenant, "a")["volume_id"] for tenant in ("disk", "copy")]
+    assert ids[1] == 0x42000000 != ids[0]
+    with copied.connect(ids[0]) as original, copied.connect(ids[1]) as copy:
+        assert original.write(0, b"A" * 512) == copy.write(0, b"B" * 512) == SUCCESS
+        assert original.read(0, 512) == b"A" * 512 and copy.read(0, 512) == b"B" * 512
+
+
+def test_another_address(new_store):
+    old, new = addresses(2)
+    store = new_store(address=old).start()
+    with store.opened() as client:
+        assert client.write(0, b"a" * 512) == SUCCESS
+    store.stop()
+    store.options[store.options.index(old)] = store.address = new
+    store.start()
+    answer = store.open("disk", "a")
+    assert answer["shards"][0]["store_ips"] == new
+    with store.connect(answer["volume_id"]) as client:
+        assert client.read(0, 512) == b"a" * 512
+    entry = store.pool_path / "a.pureflash"
+    entry.write_text(re.sub(r"(?m)^stores = .*", f"stores = {old}", entry.read_text()))
+    assert store.open("disk", "a")["shards"][0]["store_ips"] == ""
+    wait_for(lambda: f"'stores' in {entry}" in store.log(), "the log tells where the address is from")
+    store.refused("delete_volume", 5, old, f"'stores' in {entry}", tenant_name="disk", volume_name="a")
+
+
 # Snapshots
 
 
@@ -449,6 +514,81 @@ def test_snapshots_that_are_refused(store):
     store.refused("open_volume", 2, "no snapshot 's'", tenant_name="disk", volume_name="a", snapshot_name="s")
 
 
+def test_a_snapshot_that_cannot_be_noted_is_not_made(store):
+    with store.opened() as client:
+        snapshot = dict(tenant_name="disk", volume_name="a", snapshot_name="s")
+        draft = store.pool_path / "a.pureflash.new"
+        draft.mkdir()
+        store.refused("create_snapshot", 1, str(draft), **snapshot)
+        draft.rmdir()
+        assert client.write(0, b"n" * 512) == SUCCESS
+        store.ok("create_snapshot", **snapshot)
+        number = store.ok("open_volume", **snapshot)["snap_seq"]
+        assert client.read(0, 512, snapshot=number) == b"n" * 512
+
+
+def test_a_snapshot_that_was_not_noted_is_made_anew(new_store):
+    """The conductor dies while its store makes a snapshot: the name can be used, and means the moment of the second time."""
+    names = addresses(2)
+    conductor = new_store(address=names[0], stores=names[1:]).start()
+    holder = new_store(address=names[1], ports=conductor.ports, conductor=False).start()
+    conductor.create("disk", "a", MiB)
+    with holder.connect(conductor.open("disk", "a")["volume_id"]) as client:
+        assert client.write(0, b"1" * 512) == SUCCESS
+        snapshot = dict(tenant_name="disk", volume_name="a", snapshot_name="s")
+        holder.process.send_signal(signal.SIGSTOP)
+
+        def ask():
+            with contextlib.suppress(OSError):
+                conductor.ask("create_snapshot", **snapshot)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            wait_for(
+                lambda: "begun = s" in (conductor.pool_path / "a.pureflash").read_text(), "the snapshot is begun"
+            )
+            wait_for(
+                lambda: any(int(row[4].split(":")[1], 16) for row in connections(holder.address, holder.store_port)),
+                "the order is at the store",
+            )
+            conductor.kill()
+        finally:
+            holder.process.send_signal(signal.SIGCONT)
+            asking.join()
+        wait_for(lambda: "snapshot = s " in (holder.pool_path / "a.volume").read_text(), "the store made it")
+        assert client.write(0, b"2" * 512) == SUCCESS
+        conductor.start()
+        conductor.open("disk", "a")
+        conductor.ok("create_snapshot", **snapshot)
+        assert client.write(0, b"3" * 512) == SUCCESS
+        number = conductor.ok("open_volume", **snapshot)["snap_seq"]
+        assert client.read(0, 512, snapshot=number) == b"2" * 512
+        assert client.read(0, 512) == b"3" * 512
+        conductor.refused("create_snapshot", 6, "exists", **snapshot)
+
+
+def test_a_snapshot_of_somebody_else_is_not_replaced(new_store):
+    store = new_store().start()
+    with store.opened() as client:
+        volume_id = client.volume_id
+        assert client.write(0, b"1" * 512) == SUCCESS
+    order = {
+        "op": "create_snapshot", "status": "OK", "tenant_name": "disk", "volume_name": "a", "volume_size": 1 << 30,
+        "volume_id": volume_id, "shard_count": 1, "rep_count": 1, "meta_ver": 0, "snap_seq": 1, "shards": [],
+        "features": 0, "primary_rep_index": 0, "snapshot_name": "s",
+    }  # fmt: skip
+    request = urllib.request.Request(
+        f"http://{store.address}:{store.store_port}/api?op=create_snapshot", json.dumps(order).encode()
+    )
+    with urllib.request.urlopen(request, timeout=30) as response:
+        assert json.loads(response.read())["ret_code"] == 0
+    made = (store.pool_path / "a.volume").read_text()
+    for _ in range(2):
+        store.refused("create_snapshot", 6, "exists", tenant_name="disk", volume_name="a", snapshot_name="s")
+    assert (store.pool_path / "a.volume").read_text() == made
+
+
 # Several stores
 
 
@@ -510,6 +650,43 @@ def test_a_store_that_is_away_has_no_address(cluster):
     assert [shard["store_ips"] for shard in shards] == [store.address for store in cluster]
     with second.connect(volume_id) as client:
         assert client.read(SHARD, 512) == b"2" * 512
+
+
+@pytest.mark.parametrize("pool", ("disk", "ram"))
+@pytest.mark.parametrize("way", ("create", "delete"))
+def test_a_volume_that_a_store_made_late_is_not_in_the_way(new_store, pool, way):
+    names = addresses(2)
+    conductor = new_store(address=names[0], stores=names).start()
+    late = new_store(address=names[1], ports=conductor.ports, conductor=False).start()
+    volume = dict(tenant_name=pool, volume_name="v", size=1 << 30, rep_cnt=1)
+    late.process.send_signal(signal.SIGSTOP)
+    try:
+        conductor.refused("create_volume", 5, late.address, "no answer", **volume)
+    finally:
+        late.process.send_signal(signal.SIGCONT)
+    assert conductor.ok("list_volume", tenant_name=pool)["volumes"] == []
+    wait_for(lambda: f"created {pool}/v" in late.log(), "the store has made it by now")
+    if way == "delete":
+        conductor.ok("delete_volume", tenant_name=pool, volume_name="v")
+        assert not list(late.pool_path.glob("v.*")) and not list(conductor.pool_path.glob("v.*"))
+        conductor.refused("delete_volume", 2, "no volume v", tenant_name=pool, volume_name="v")
+    conductor.ok("create_volume", **volume)
+    assert [shard["store_ips"] for shard in conductor.open(pool, "v")["shards"]] == [conductor.address]
+    conductor.ok("delete_volume", tenant_name=pool, volume_name="v")
+    assert not list(late.pool_path.glob("v.*")) and not list(conductor.pool_path.glob("v.*"))
+
+
+def test_a_volume_of_the_stores_own_stays(cluster):
+    """What another conductor, or qbd, made at a store is not taken for something left over."""
+    conductor, second, _ = cluster
+    conductor.create("disk", "other", 1 << 30)
+    description = (second.pool_path / "other.volume").read_text()
+    (second.pool_path / "v.volume").write_text(re.sub(r"(?m)^id = .*", "id = 0x42000000", description))
+    with open(second.pool_path / "v.raw", "wb") as file:
+        file.truncate(1 << 30)
+    for _ in range(2):
+        conductor.refused("create_volume", 5, second.address, "exists", tenant_name="disk", volume_name="v", size=MiB)
+        assert (second.pool_path / "v.raw").exists()
 
 
 def test_a_store_that_lost_its_volume_does_not_begin_anew(cluster):
@@ -678,6 +855,15 @@ def test_a_conductor_that_says_nothing(store):
         store.ask("list_tenant")
     store.faults(clear=1)
     store.ok("list_tenant")
+
+
+# Clients that vanish
+
+
+def test_a_silent_client_is_asked_for_a_sign(store):
+    with store.opened() as client:
+        wait_for(lambda: keepalive(*client.socket.getpeername()), "its connection has a keep-alive timer")
+        assert keepalive(*client.socket.getpeername())[0] <= 5
 
 
 # Hostile clients
