@@ -27,7 +27,7 @@ struct Mapper: Sendable {
             volume: entry.fullName, config: entry.config ?? config, readOnly: entry.readOnly, export: entry.export,
             device: entry.device, limits: ThrottleArgument(entry), deviceID: deviceID)
         var wasMapped = mapped ?? false
-        if hook != nil, mapped == nil { wasMapped = try await find(entry, for: .map) != nil }
+        if hook != nil, mapped == nil { wasMapped = try await find(entry, config: nil, for: .map) != nil }
         let mapping = try await ask(request)
         var outcome = Outcome(mapping: mapping)
         if let hook, !wasMapped { await run(hook, .map, mapping, &outcome) }
@@ -37,7 +37,9 @@ struct Mapper: Sendable {
     /// Runs the volume's hook if it is mapped, and unmaps it, whatever the hook says.
     func unmap(_ entry: MapEntry, force: Bool = false) async throws(Failure) -> Outcome {
         var outcome = Outcome()
-        if let hook = Hook(for: entry, socket: client.path), let mapping = try await find(entry, for: .unmap) {
+        if let hook = Hook(for: entry, socket: client.path),
+            let mapping = try await find(entry, config: entry.config, for: .unmap)
+        {
             await run(hook, .unmap, mapping, &outcome)
         }
         do throws(Failure) {
@@ -61,10 +63,12 @@ struct Mapper: Sendable {
         }
     }
 
-    /// Nil when it is not mapped.
-    private func find(_ entry: MapEntry, for command: Command) async throws(Failure) -> MappingRecord? {
+    /// Nil when it is not mapped, or not with the configuration that is named.
+    private func find(
+        _ entry: MapEntry, config: String?, for command: Command
+    ) async throws(Failure) -> MappingRecord? {
         do throws(Failure) {
-            return try await ask(InfoRequest(volume: entry.fullName, config: nil), for: command).mapping
+            return try await ask(InfoRequest(volume: entry.fullName, config: config), for: command).mapping
         } catch {
             guard error.error.code == ENOTTY else { throw error }
             return nil

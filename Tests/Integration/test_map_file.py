@@ -373,6 +373,23 @@ def test_hook_runs_after_mapping_and_before_unmapping(daemon):
     assert (daemon.directory / "seen").read_text().split() == ["1", "1"]
 
 
+def test_no_hook_runs_for_an_unmap_that_is_refused_for_its_configuration(daemon):
+    """What the hook of a mapped volume undoes, as a mount, is still needed."""
+    other = daemon.directory / "other.conf"
+    other.write_text(daemon.config.read_text())
+    daemon.create("disk/a", MiB)
+    write_hook(daemon, "disk/a", "")
+    daemon.map("disk/a")
+    (daemon.directory / "calls").unlink()
+    daemon.qbd("unmap", "disk/a", "-c", other).failed(25, f"not mapped with {other}")
+    daemon.qbd("unmap", "disk/a", "--force", "-c", other).failed(25)
+    daemon.file.write_text(f"disk/a export=1 config={other}\n")
+    daemon.qbd("unmap-all", "-f", daemon.file).succeeded()
+    assert mapped(daemon) == ["disk/a"] and calls(daemon) == []
+    daemon.qbd("unmap", "disk/a", "-c", daemon.config).succeeded()
+    assert calls(daemon) == [f"disk/a unmap {daemon.uri('disk/a')}"]
+
+
 def test_what_a_hook_finds_around_itself(daemon):
     daemon.create("disk/a", MiB)
     report = daemon.directory / "report"
