@@ -1,8 +1,12 @@
-/// The documented usage in letters, `qbd -c conf -m pool/volume`, put into words: `qbd map --config=conf pool/volume`.
+/// The documented usage in letters, `qbd -c conf -m pool/volume`, put into words: `qbd map -c=conf pool/volume`.
 ///
 /// Both spellings run the same code because there is no other code. Letters follow getopt_long: they cluster (`-Vl`),
 /// a value may follow its letter directly (`-mpool/volume`), as the next argument, or behind `=` of the long form
 /// (`--map=pool/volume`), and their order is free. Exactly one of them is a verb.
+///
+/// Options keep their spelling, by which the parser's complaints name them, and have their value behind `=`, so that no
+/// value is taken for an option. One that takes a value is given once, and the value is not empty: an empty one comes of
+/// a variable that is not set.
 package struct LetterUsage {
     /// An option that goes with a verb; it keeps its meaning in words.
     private struct Option {
@@ -33,6 +37,7 @@ package struct LetterUsage {
         Option(short: nil, long: "export", takesValue: false),
         Option(short: nil, long: "long", takesValue: false),
         Option(short: nil, long: "force", takesValue: false),
+        Option(short: nil, long: "snapshots", takesValue: false),
         Option(short: nil, long: "read-only", takesValue: false),
         Option(short: nil, long: "json", takesValue: false),
         Option(short: nil, long: "to-store-size", takesValue: false),
@@ -44,13 +49,15 @@ package struct LetterUsage {
     private var wantsHelp = false
     private var name: String?
     private var translated: [String] = []
+    /// Options that take a value, by their long names.
+    private var given: Set<String> = []
 
     private init(_ arguments: [String]) { rest = arguments[...] }
 
     /// - Parameter arguments: the command line without the command's own name.
-    /// - Returns: the same in words, the verb first. What is in words already is returned as it is, but for options
-    ///   in front of the verb, which go behind it. An empty command line, and one that only asks for help, is
-    ///   `["help"]`, with the verb behind it when there was one.
+    /// - Returns: the same in words, the verb first, and then what is done of several things. Options in front of these
+    ///   go behind them; what is no option is left to the parser. A command line that only asks for help is `["help"]`,
+    ///   with the verb behind it when there was one.
     package static func words(_ arguments: [String]) throws(UsageError) -> [String] {
         var usage = LetterUsage(arguments)
         return try usage.translate()
@@ -65,7 +72,7 @@ package struct LetterUsage {
             } else if let verb {
                 throw UsageError("unexpected argument '\(argument)' beside \(verb.spelling)", verb: verb.verb)
             } else if let word = Verb(word: argument) {
-                return wantsHelp ? ["help", word.word] : [word.word] + translated + rest
+                return try translate(behind: word)
             } else {
                 throw UsageError("there is no verb '\(argument)'")
             }
@@ -81,6 +88,55 @@ package struct LetterUsage {
             words += name.hasPrefix("-") ? ["--", name] : [name]
         }
         return words
+    }
+
+    /// The rest of a command line whose verb is a word.
+    private mutating func translate(behind word: Verb) throws(UsageError) -> [String] {
+        verb = (word, word.word)
+        if wantsHelp { return ["help", word.word] + rest.prefix(1).filter(word.actions.contains) }
+        var action: String?
+        var isHelp = false
+        while let argument = rest.popFirst() {
+            if argument == "--" {
+                translated += [argument] + rest
+                break
+            } else if try takeOption(argument) {
+                continue
+            } else if action == nil, !word.actions.isEmpty, !argument.hasPrefix("-") {
+                action = argument
+            } else {
+                isHelp = isHelp || argument == "-h" || argument == "--help"
+                translated.append(argument)
+            }
+        }
+        guard !word.actions.isEmpty else { return [word.word] + translated }
+        let all = word.actions.dropLast().joined(separator: ", ") + " or " + (word.actions.last ?? "")
+        guard let action else {
+            if isHelp { return ["help", word.word] }
+            throw UsageError("what to do is missing: \(all)", verb: word)
+        }
+        guard word.actions.contains(action) else {
+            throw UsageError("there is no '\(word.word) \(action)'; write \(all)", verb: word)
+        }
+        return [word.word, action] + translated
+    }
+
+    /// - Returns: false for what is none of the options: the parser judges it.
+    private mutating func takeOption(_ argument: String) throws(UsageError) -> Bool {
+        if argument.hasPrefix("--") {
+            let long = argument.dropFirst(2).prefix { $0 != "=" }
+            guard Self.options.contains(where: { $0.long == long }) else { return false }
+            try takeLong(argument)
+            return true
+        }
+        var letters = argument.dropFirst()
+        guard argument.first == "-", !letters.isEmpty else { return false }
+        while let letter = letters.popFirst() {
+            guard let option = Self.options.first(where: { $0.short == letter }) else { return false }
+            if option.takesValue { break }
+        }
+        try takeCluster(argument)
+        return true
     }
 
     private mutating func takeLong(_ argument: String) throws(UsageError) {
@@ -104,7 +160,8 @@ package struct LetterUsage {
                 try take(verb, spelling: "-\(letter)", attached: verb.letterTakesName ? attached : nil)
                 if verb.letterTakesName { return }
             } else if let option = Self.options.first(where: { $0.short == letter }) {
-                try take(option, spelling: "-\(letter)", attached: option.takesValue ? attached : nil)
+                let value = attached?.first == "=" ? attached.map { String($0.dropFirst()) } : attached
+                try take(option, spelling: "-\(letter)", attached: option.takesValue ? value : nil)
                 if option.takesValue { return }
             } else {
                 throw UsageError("unknown option '-\(letter)'", verb: verb?.verb)
@@ -126,6 +183,9 @@ package struct LetterUsage {
             guard let value = attached ?? rest.popFirst() else {
                 throw UsageError("\(spelling) needs a volume's name: pool/volume", verb: found)
             }
+            guard !value.hasPrefix("-") || value.contains("/") else {
+                throw UsageError("\(spelling) needs a volume's name right behind it, not '\(value)'", verb: found)
+            }
             name = value
         } else if attached != nil {
             throw UsageError("\(spelling) takes no value", verb: found)
@@ -135,12 +195,23 @@ package struct LetterUsage {
     private mutating func take(_ option: Option, spelling: String, attached: String?) throws(UsageError) {
         guard option.takesValue else {
             if attached != nil { throw UsageError("\(spelling) takes no value", verb: verb?.verb) }
-            translated.append("--\(option.long)")
+            translated.append(spelling)
             return
         }
-        guard let value = attached ?? rest.popFirst() else {
+        guard let value = attached ?? nextValue(), !value.isEmpty else {
             throw UsageError("\(spelling) needs a value", verb: verb?.verb)
         }
-        translated.append("--\(option.long)=\(value)")
+        guard given.insert(option.long).inserted else {
+            throw UsageError("\(spelling) is given twice", verb: verb?.verb)
+        }
+        translated.append("\(spelling)=\(value)")
+    }
+
+    /// Behind a verb that is a word, what looks like another option is none, but for a negative number.
+    private mutating func nextValue() -> String? {
+        if let verb, verb.spelling == verb.verb.word, let next = rest.first, next.hasPrefix("-") {
+            guard next.dropFirst().first?.isNumber == true else { return nil }
+        }
+        return rest.popFirst()
     }
 }

@@ -49,6 +49,9 @@ package enum Verb: String, CaseIterable, Sendable {
         }
     }
 
+    /// What the verb does, one of several things, in words of their own behind its word.
+    package var actions: [String] { self == .snapshot ? ["create", "delete", "rollback", "list"] : [] }
+
     /// What follows the word, as a usage line shows it.
     package var arguments: String {
         switch self {
@@ -62,16 +65,16 @@ package enum Verb: String, CaseIterable, Sendable {
         case .remap, .info: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG]"
         case .list: "[-c CONFIG] [--long]"
         case .mapAll, .unmapAll: "[-f FILE]"
-        case .throttle: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] -t KEY=NUMBER[,...] [--burst MS]"
+        case .throttle: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] [-t KEY=NUMBER[,...]] [--burst MS]"
         case .resume: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] -t normal|error|discard"
         case .resize: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] -k SIZE|--to-store-size [--rescan-partitions]"
         case .create: "POOL/VOLUME -k SIZE [--block-size 512|4096] [-c CONFIG]"
         case .delete: "POOL/VOLUME [--snapshots] [-c CONFIG]"
         case .volumes: "[POOL] [-c CONFIG]"
-        case .snapshot: "create|delete|rollback|list POOL/VOLUME[@SNAPSHOT] [-c CONFIG]"
+        case .snapshot: actions.joined(separator: "|") + " POOL/VOLUME[@SNAPSHOT] [-c CONFIG]"
         case .clone: "POOL/VOLUME@SNAPSHOT POOL/NEW [-c CONFIG]"
         case .version: ""
-        case .help: "[VERB]"
+        case .help: "[VERB [ACTION]]"
         }
     }
 

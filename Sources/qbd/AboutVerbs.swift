@@ -38,6 +38,8 @@ struct HelpVerb: VerbCommand {
 
     @Argument(help: ArgumentHelp("Without it: all of them.", valueName: "verb"))
     var verb: String?
+    @Argument(help: ArgumentHelp("One of the things that the verb does.", valueName: "action"))
+    var action: String?
     @OptionGroup var common: CommonOptions
 
     func perform() async throws {
@@ -45,8 +47,16 @@ struct HelpVerb: VerbCommand {
             try Output.print(Help.overview)
             return
         }
-        let command = Root.configuration.subcommands.first { $0._commandName == verb }
-        guard let command else { throw UsageError("there is no verb '\(verb)'") }
-        try Output.print(Root.helpMessage(for: command, columns: 80))
+        guard var command = Root.configuration.subcommands.first(where: { $0._commandName == verb }) else {
+            throw UsageError("there is no verb '\(verb)'")
+        }
+        if let action {
+            guard let found = command.configuration.subcommands.first(where: { $0._commandName == action }) else {
+                throw UsageError("there is no '\(verb) \(action)'", verb: Verb(word: verb))
+            }
+            command = found
+        }
+        let text = Root.helpMessage(for: command, columns: 80)
+        try Output.print(text.hasSuffix("\n") ? text : text + "\n")
     }
 }

@@ -32,7 +32,7 @@ enum Help {
           list                           list what is mapped
           info POOL/VOLUME               state, clients, counters and latency
           version                        versions of the command and the daemon
-          help [VERB]                    this text, or the usage of a verb
+          help [VERB [ACTION]]           this text, or the usage of a verb
 
         In a later version: rdma:// names. They say so with exit status 95.
 

@@ -12,8 +12,6 @@ struct Snapshot: ParsableCommand {
             It is mapped as a volume is, and can only be read; a clone of it can be written.
             """,
         subcommands: [SnapshotCreate.self, SnapshotDelete.self, SnapshotRollback.self, SnapshotList.self])
-
-    func run() throws { throw UsageError("what to do is missing: create, delete, rollback or list", verb: .snapshot) }
 }
 
 /// A snapshot's name and what belongs to it.
