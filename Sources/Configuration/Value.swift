@@ -14,7 +14,7 @@ package enum Value {
 
     /// Whole seconds, 1 to a day: what is longer is a slip, and 0 would be read as "at once" by one and as "never" by
     /// another.
-    static func seconds(_ text: String, of key: String) throws(ConfigurationError) -> Duration {
+    package static func seconds(_ text: String, of key: String) throws(ConfigurationError) -> Duration {
         .seconds(try integer(text, of: key, in: 1...86_400, unit: "seconds"))
     }
 

@@ -1,4 +1,5 @@
 import Configuration
+import Glibc
 
 extension VolumeName {
     /// Whether a name is to have a snapshot behind its volume.
@@ -30,6 +31,24 @@ extension VolumeName {
 
 /// The path of a configuration file, as the command sends it and the daemon keeps it.
 package enum ConfigPath {
+    /// An absolute path in one spelling, because a configuration is known by its path: without empty and `.` components,
+    /// and without `..` behind a folder. Behind a symbolic link `..` leads somewhere else, and stays.
+    package static func canonical(_ path: String) -> String {
+        var folders = ""
+        for component in path.utf8.split(separator: UInt8(ascii: "/")).map({ String(Substring($0)) }) {
+            if component == "." || component == ".." && folders.isEmpty { continue }
+            var status = stat()
+            if component == "..", lstat(folders, &status) == 0, status.st_mode & S_IFMT == S_IFDIR,
+                let last = folders.lastIndex(of: "/"), !folders.hasSuffix("/..")
+            {
+                folders = String(folders[..<last])
+            } else {
+                folders += "/" + component
+            }
+        }
+        return folders.isEmpty ? "/" : folders
+    }
+
     /// - Returns: the path as it is.
     /// - Throws: code 22 unless it is absolute and can be a field of the list, which is split on blanks.
     package static func validate(_ path: String) throws(ControlError) -> String {

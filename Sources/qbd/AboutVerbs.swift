@@ -17,8 +17,9 @@ struct Version: VerbCommand {
 
     func perform() async throws {
         var answer = Answer(qbd: ProductVersion.string)
+        let client = try common.client(for: .version)
         do throws(ControlError) {
-            let daemon = try await common.client.send(VersionRequest())
+            let daemon = try await client.send(VersionRequest())
             answer.qbdd = daemon.version
             answer.pid = daemon.pid
         } catch {
@@ -26,7 +27,7 @@ struct Version: VerbCommand {
             if common.verbose { Output.complain(error.line(for: .version)) }
         }
         try Output.answer(.version, answer, asJSON: common.json) { answer in
-            "qbd \(answer.qbd)\nqbdd \(answer.qbdd ?? "- (no answer at \(common.client.path))")\n"
+            "qbd \(answer.qbd)\nqbdd \(answer.qbdd ?? "- (no answer at \(client.path))")\n"
         }
     }
 }

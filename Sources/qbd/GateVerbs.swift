@@ -16,14 +16,15 @@ struct Suspend: VerbCommand {
     @OptionGroup var common: CommonOptions
 
     /// What the daemon's answer may take longer than the suspension.
-    private static let margin: UInt64 = 10
+    private static let margin = Duration.seconds(10)
 
     func perform() async throws {
         let name = try Name.volume(volume, for: .suspend)
         let config = try config.explicitPath(for: .suspend)
-        let timeout = common.timeout.map { UInt64($0) } ?? SuspendRequest.defaultTimeout
+        let timeout = try common.givenTimeout(for: .suspend) ?? .seconds(SuspendRequest.defaultTimeout)
         let done = try await common.ask(
-            SuspendRequest(volume: volume, config: config, timeout: timeout), within: timeout + Self.margin)
+            SuspendRequest(volume: volume, config: config, timeout: UInt64(timeout.components.seconds)),
+            within: timeout + Self.margin)
         if common.verbose { Output.complain("suspended \(name)") }
         try Output.answer(.suspend, done, asJSON: common.json) { _ in "" }
     }

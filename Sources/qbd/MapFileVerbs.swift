@@ -66,7 +66,7 @@ struct MapAll: VerbCommand {
 
     func perform() async throws {
         let file = try file.load()
-        let mapper = Mapper(client: common.client)
+        let mapper = Mapper(client: try common.client(for: .map))
         let config = try ConfigOption.standardPath(for: .map)
         let numbers = Numbers(of: file, try await mapper.ask(ListRequest(), for: .map).mappings)
         var report = MapReport(path: file.path, common: common)
@@ -145,7 +145,7 @@ struct UnmapAll: VerbCommand {
 
     func perform() async throws {
         let file = try file.load()
-        let mapper = Mapper(client: common.client)
+        let mapper = Mapper(client: try common.client(for: .unmap))
         let mapped = Set(try await mapper.ask(ListRequest(), for: .unmap).mappings.map(\.volume))
         var report = MapReport(path: file.path, common: common)
         for line in file.lines.reversed() {

@@ -24,7 +24,8 @@ struct Mapper: Sendable {
     ) async throws(Failure) -> Outcome {
         let hook = Hook(for: entry, socket: client.path)
         let request = MapRequest(
-            volume: entry.fullName, config: entry.config ?? config, readOnly: entry.readOnly, export: entry.export,
+            volume: entry.fullName, config: entry.config.map(ConfigPath.canonical) ?? config, readOnly: entry.readOnly,
+            export: entry.export,
             device: entry.device, limits: ThrottleArgument(entry), deviceID: deviceID)
         var wasMapped = mapped ?? false
         if hook != nil, mapped == nil { wasMapped = try await find(entry, config: nil, for: .map) != nil }
@@ -37,13 +38,14 @@ struct Mapper: Sendable {
     /// Runs the volume's hook if it is mapped, and unmaps it, whatever the hook says.
     func unmap(_ entry: MapEntry, force: Bool = false) async throws(Failure) -> Outcome {
         var outcome = Outcome()
+        let config = entry.config.map(ConfigPath.canonical)
         if let hook = Hook(for: entry, socket: client.path),
-            let mapping = try await find(entry, config: entry.config, for: .unmap)
+            let mapping = try await find(entry, config: config, for: .unmap)
         {
             await run(hook, .unmap, mapping, &outcome)
         }
         do throws(Failure) {
-            let answer = try await ask(UnmapRequest(volume: entry.fullName, config: entry.config, force: force))
+            let answer = try await ask(UnmapRequest(volume: entry.fullName, config: config, force: force))
             if let warning = answer.warning { Output.complain("qbd: warning: \(warning)") }
         } catch {
             for problem in outcome.problems { Output.complain("qbd: \(problem.message)") }

@@ -41,11 +41,12 @@ struct Map: VerbCommand {
             throw UsageError("--file is the list of volumes to write to, so it goes with --save", verb: .map)
         }
         let entry = try entry(name, config: path)
-        let outcome = try await Mapper(client: common.client).map(entry, config: path)
+        let mapper = Mapper(client: try common.client(for: .map))
+        let outcome = try await mapper.map(entry, config: path)
         if let mapping = outcome.mapping {
             if common.verbose {
                 Output.complain(mapping.summary)
-                let status = try await Mapper(client: common.client).ask(
+                let status = try await mapper.ask(
                     InfoRequest(volume: entry.fullName, config: nil), for: .map)
                 for (key, value) in StatusText.cluster(status) { Output.complain("\(key) \(value)") }
             }
@@ -127,17 +128,18 @@ struct Unmap: VerbCommand {
         } catch {
             throw Failure(.unmap, ControlError(error))
         }
+        let mapper = Mapper(client: try common.client(for: .unmap))
         var problems: [ControlError] = []
         var status: MappingStatus?
         if common.verbose {
             // Why there is nothing to tell, the answer to the unmap says.
             do throws(Failure) {
-                status = try await Mapper(client: common.client).ask(
+                status = try await mapper.ask(
                     InfoRequest(volume: entry.fullName, config: config), for: .unmap)
             } catch {}
         }
         do throws(Failure) {
-            problems = try await Mapper(client: common.client).unmap(entry, force: force).problems
+            problems = try await mapper.unmap(entry, force: force).problems
         } catch {
             if forget, error.error.code == ENOTTY {
                 do throws(ControlError) { try file.forget(name) } catch { Output.complain("qbd: \(error.message)") }

@@ -11,8 +11,8 @@ struct CommonOptions: ParsableArguments {
             valueName: "path"), completion: .file())
     var socket: String?
 
-    @Option(help: ArgumentHelp("Give up after this many seconds (200).", valueName: "seconds"))
-    var timeout: UInt32?
+    @Option(help: ArgumentHelp("Give up after this many seconds, 1 to 86400 (200).", valueName: "seconds"))
+    var timeout: String?
 
     @Flag(help: "Print JSON.")
     var json = false
@@ -20,21 +20,29 @@ struct CommonOptions: ParsableArguments {
     @Flag(name: [.customShort("V"), .long], help: "Say more, on stderr.")
     var verbose = false
 
-    /// The daemon that is meant.
-    var client: ControlClient {
-        client(timeout: timeout.map { .seconds(Int64($0)) } ?? ControlClient.defaultTimeout)
+    /// What `--timeout` says; nil when it is not given.
+    func givenTimeout(for command: Command) throws(Failure) -> Duration? {
+        guard let timeout else { return nil }
+        do throws(ConfigurationError) { return try Value.seconds(timeout, of: "--timeout") } catch {
+            throw Failure(command, .invalid("\(error)"))
+        }
     }
 
-    private func client(timeout: Duration) -> ControlClient {
-        ControlClient(path: socket ?? Environment["QBD_SOCKET"] ?? ControlClient.defaultSocketPath, timeout: timeout)
+    /// The daemon that is meant.
+    /// - Parameter time: to wait for an answer; nil is what `--timeout` says.
+    func client(for command: Command, within time: Duration? = nil) throws(Failure) -> ControlClient {
+        let given = try givenTimeout(for: command)
+        return ControlClient(
+            path: socket ?? Environment["QBD_SOCKET"] ?? ControlClient.defaultSocketPath,
+            timeout: time ?? given ?? ControlClient.defaultTimeout)
     }
 
     /// Asks the daemon.
-    /// - Parameter seconds: to wait for the answer; nil is what `--timeout` says.
+    /// - Parameter time: to wait for the answer; nil is what `--timeout` says.
     func ask<Request: ControlRequest>(
-        _ request: Request, within seconds: UInt64? = nil
+        _ request: Request, within time: Duration? = nil
     ) async throws(Failure) -> Request.Answer {
-        try await Mapper(client: seconds.map { client(timeout: .seconds(Int64($0))) } ?? client).ask(request)
+        try await Mapper(client: try client(for: Request.command, within: time)).ask(request)
     }
 }
 
@@ -66,7 +74,7 @@ struct ConfigOption: ParsableArguments {
 
     private static func absolute(_ path: String, _ command: Command) throws(Failure) -> String {
         try checked(for: command) { () throws(ControlError) in
-            try ConfigPath.validate(path.hasPrefix("/") || path.isEmpty ? path : try currentFolder() + "/" + path)
+            try ConfigPath.validate(ConfigPath.canonical(path.hasPrefix("/") ? path : try currentFolder() + "/" + path))
         }
     }
 
@@ -113,12 +121,10 @@ enum Name {
         }
     }
 
-    /// Bytes.
-    static func size(_ text: String, for command: Command) throws(Failure) -> UInt64 {
-        do throws(ConfigurationError) {
-            return try Quantity.parseSize(text)
-        } catch {
-            throw Failure(command, .invalid("\(error)"))
+    /// Bytes. What is no size is wrong usage.
+    static func size(_ text: String, for verb: Verb) throws(UsageError) -> UInt64 {
+        do throws(ConfigurationError) { return try Quantity.parseSize(text) } catch {
+            throw UsageError("\(error)", verb: verb)
         }
     }
 }

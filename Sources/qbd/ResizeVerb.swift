@@ -1,5 +1,4 @@
 import ArgumentParser
-import Configuration
 import Control
 
 struct Resize: VerbCommand {
@@ -33,15 +32,10 @@ struct Resize: VerbCommand {
         }
         let request = ResizeRequest(
             volume: volume, config: try config.explicitPath(for: .resize), defaultConfig: try config.path(for: .resize),
-            size: try size.map { (text) throws(UsageError) in try bytes(text) }, rescanPartitions: rescanPartitions)
+            size: try size.map { (text) throws(UsageError) in try Name.size(text, for: .resize) },
+            rescanPartitions: rescanPartitions)
         let grown = try await common.ask(request)
         if common.verbose { Output.complain("\(name) has \(grown.size) bytes") }
         try Output.answer(.resize, grown, asJSON: common.json) { _ in "" }
-    }
-
-    private func bytes(_ text: String) throws(UsageError) -> UInt64 {
-        do throws(ConfigurationError) { return try Quantity.parseSize(text) } catch {
-            throw UsageError("\(error)", verb: .resize)
-        }
     }
 }

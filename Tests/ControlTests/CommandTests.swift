@@ -1,5 +1,6 @@
 import Configuration
 import Control
+import Glibc
 import Testing
 
 @Suite("Command table")
@@ -127,5 +128,24 @@ struct CommandTests {
     @Test("a good configuration's path stays as it is")
     func goodConfigPath() throws {
         #expect(try ConfigPath.validate("/etc/neonsan/../qbd.conf") == "/etc/neonsan/../qbd.conf")
+    }
+
+    @Test("paths of a configuration that mean the same are the same")
+    func canonicalConfigPath() throws {
+        let folder = "/tmp/qbd-paths-\(getpid())"
+        try #require(mkdir(folder, 0o700) == 0)
+        defer { for path in ["/link", "/a/b", "/a", ""] { remove(folder + path) } }
+        #expect(mkdir(folder + "/a", 0o700) == 0 && mkdir(folder + "/a/b", 0o700) == 0)
+        #expect(symlink("a/b", folder + "/link") == 0)
+        for (path, meaning) in [
+            ("/c", "/c"), ("//c/", "/c"), ("/./a/../c", "/c"), ("/a/b/../../c", "/c"), ("/a/.//../a/b/./..", "/a"),
+            ("/missing/../c", "/missing/../c"), ("/link/../c", "/link/../c"),
+            ("/link/../b/../../c", "/link/../../c"),
+            ("/link/./../..", "/link/../.."),
+        ] {
+            #expect(ConfigPath.canonical(folder + path) == folder + meaning, "\(path)")
+        }
+        #expect(ConfigPath.canonical("/../..//tmp/../tmp/.") == "/tmp")
+        #expect(ConfigPath.canonical("/..") == "/")
     }
 }

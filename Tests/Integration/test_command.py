@@ -220,11 +220,26 @@ def test_help():
     """Needs no daemon, goes to stdout, and names every verb."""
     said = [run([QBD, word]).succeeded() for word in ("help", "-h", "--help")]
     assert len({result.out for result in said}) == 1 and all(result.err == "" for result in said)
+    snapshots = run([QBD, "help", "snapshot", "list"]).succeeded().out
+    assert "oldest first" in snapshots and snapshots == run([QBD, "snapshot", "list", "--help"]).succeeded().out
+    assert run([QBD, "help", "snapshot"]).succeeded().out.endswith("for detailed help.\n")
     for verb in VERBS:
         assert verb in said[0].out
         for words in ([verb, "--help"], ["help", verb]):
             result = run([QBD, *words]).succeeded()
             assert verb in result.out and result.err == ""
+
+
+def test_every_option_that_takes_a_value_is_given_once_and_not_empty():
+    """Also in front of the verb."""
+    for words in [[verb] for verb in VERBS] + [["snapshot", "create"], ["snapshot", "list"], ["clone"]]:
+        text = run([QBD, *words, "--help"]).succeeded().out
+        options = re.findall(r"^ +(?:-\w, )?(--[\w-]+) <", text, re.MULTILINE)
+        assert {"--socket", "--timeout"} <= set(options)
+        for option in options:
+            for line in ([*words, option, ""], [*words, f"{option}="], [option, "", *words]):
+                run([QBD, *line]).failed(64, f"{option} needs a value")
+            run([QBD, *words, option, "1", option, "1"]).failed(64, f"{option} is given twice")
 
 
 def test_sizes(daemon):
@@ -270,6 +285,32 @@ def test_config_may_be_relative(daemon):
     daemon.create("disk/foo", MiB)
     daemon.qbd("map", "--export", "disk/foo", "-c", "qbd.conf", cwd=daemon.directory).succeeded()
     assert listed(daemon)["disk/foo"][4] == str(daemon.config)
+
+
+def test_a_configuration_is_the_same_however_its_path_is_spelled(daemon):
+    """But for `..` behind a symbolic link, which leads to where the link does."""
+    daemon.create("disk/foo", MiB)
+    folder, name = daemon.directory, daemon.directory.name
+    spellings = ["./qbd.conf", "qbd.conf", f"{folder}//qbd.conf", f"/.{folder}/./qbd.conf", f"../{name}/qbd.conf", "state/../qbd.conf"]
+    for config in spellings:
+        daemon.qbd("map", "--export", "disk/foo", "-c", config, cwd=folder).succeeded()
+        daemon.qbd("map", "--export", "disk/foo", cwd=folder).succeeded()
+        daemon.qbd("map", "--export", "disk/foo", cwd=folder, variables={"QBD_CONFIG": f"/{folder}/./qbd.conf"}).succeeded()
+        assert listed(daemon)["disk/foo"][4] == str(daemon.config)
+        daemon.qbd("unmap", "disk/foo", "-c", spellings[-1], cwd=folder).succeeded()
+    file = folder / "map.conf"
+    file.write_text(f"disk/foo export=1 config={folder}//state/../qbd.conf\n")
+    daemon.qbd("map-all", "-f", file).succeeded()
+    assert listed(daemon)["disk/foo"][4] == str(daemon.config)
+    daemon.qbd("unmap-all", "-f", file).succeeded()
+    assert listed(daemon) == {}
+
+    other = folder / "elsewhere" / "state"
+    other.mkdir(parents=True)
+    (folder / "elsewhere" / "qbd.conf").write_text(daemon.config.read_text())
+    (folder / "link").symlink_to(other)
+    daemon.qbd("map", "--export", "disk/foo", "-c", "link/../qbd.conf", cwd=folder).succeeded()
+    assert listed(daemon)["disk/foo"][4] == f"{folder}/link/../qbd.conf"
 
 
 def test_many_commands_at_once(daemon):
@@ -639,13 +680,14 @@ USAGE_ERRORS = [
     ["resize", "a/b", "-k", "99999999P"],
     ["-z", "a/b", "-k", "-1"],
     ["--resize", "a/b", "--size", "1X"],
+    ["resize", "a/b", "-k", "1G", "-k", "1G"],
+    ["-z", "a/b", "-k", ""],
     ["resume", "a/b"],
     ["throttle", "a/b"],
     ["delete"],
     ["volumes", "a", "b"],
     ["map", "a/b", "--export", "--device", "/dev/nbd0"],
     ["remap"],
-    ["list", "--timeout", "soon"],
     ["help", "frobnicate"],
 ]
 
