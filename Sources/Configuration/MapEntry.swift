@@ -10,15 +10,15 @@ package struct MapEntry: Sendable, Equatable {
     /// `/dev/nbdX`; nil for any that is free.
     package private(set) var device: String?
     /// Bytes per second; 0 and nil are no limit.
-    package private(set) var readBytes: UInt64?
+    package var readBytes: UInt64?
     /// Bytes per second; 0 and nil are no limit.
-    package private(set) var writeBytes: UInt64?
+    package var writeBytes: UInt64?
     /// Per second; 0 and nil are no limit.
-    package private(set) var readOperations: UInt64?
+    package var readOperations: UInt64?
     /// Per second; 0 and nil are no limit.
-    package private(set) var writeOperations: UInt64?
+    package var writeOperations: UInt64?
     /// Milliseconds of each rate that may be saved up; nil for the default.
-    package private(set) var burst: UInt64?
+    package var burst: UInt64?
     /// What to run instead of the volume's file in the folder of hooks: an absolute path, or `none`.
     package private(set) var hook: String?
     /// Nil for the default.
@@ -27,8 +27,12 @@ package struct MapEntry: Sendable, Equatable {
     package init(_ name: VolumeName) { self.name = name }
 
     /// Sets what one `key=value` of a line says.
-    package mutating func set(_ key: MapKey, to value: String) throws(ConfigurationError) {
-        let text = key.rawValue
+    ///
+    /// - Parameter spelling: how errors name the key; nil for its name.
+    package mutating func set(
+        _ key: MapKey, to value: String, as spelling: String? = nil
+    ) throws(ConfigurationError) {
+        let text = spelling ?? key.rawValue
         guard !value.isEmpty else {
             throw ConfigurationError("'\(text)' has no value; write \(text)=VALUE, or leave it out")
         }

@@ -44,28 +44,47 @@ package struct ThrottleArgument: Sendable, Equatable, Codable {
         }
     }
 
+    /// Whether any of the limits that are given is another one than in `limits`.
+    package func change(_ limits: Limits) -> Bool {
+        func differs(_ given: UInt64?, _ limit: UInt64) -> Bool { given.map { $0 != limit } ?? false }
+        return differs(readBytes, limits.readBytes) || differs(writeBytes, limits.writeBytes)
+            || differs(readOperations, limits.readOperations) || differs(writeOperations, limits.writeOperations)
+            || differs(burst, limits.burst)
+    }
+
     /// Sets what a key means, from the text of its value.
     ///
+    /// - Parameter spelling: how the key was given, where that was not under its name.
     /// - Throws: as `init(parsing:)`.
-    package mutating func set(_ key: String, _ value: String) throws(ControlError) {
+    package mutating func set(_ key: String, _ value: String, as spelling: String? = nil) throws(ControlError) {
+        let name = spelling ?? key
         switch key {
-        case "read_bps", "bps_rd": try set([\.readBytes], key, try Self.bytes(value, key))
-        case "write_bps", "bps_wr": try set([\.writeBytes], key, try Self.bytes(value, key))
-        case "bps": try set([\.readBytes, \.writeBytes], key, try Self.bytes(value, key))
-        case "read_iops", "iops_rd": try set([\.readOperations], key, try Self.operations(value, key))
-        case "write_iops", "iops_wr": try set([\.writeOperations], key, try Self.operations(value, key))
-        case "iops": try set([\.readOperations, \.writeOperations], key, try Self.operations(value, key))
-        case "burst_ms": try set([\.burst], key, try Self.milliseconds(value, key))
+        case "read_bps", "bps_rd": try set([.readBytes], name, try Self.bytes(value, name))
+        case "write_bps", "bps_wr": try set([.writeBytes], name, try Self.bytes(value, name))
+        case "bps": try set([.readBytes, .writeBytes], name, try Self.bytes(value, name))
+        case "read_iops", "iops_rd": try set([.readOperations], name, try Self.operations(value, name))
+        case "write_iops", "iops_wr": try set([.writeOperations], name, try Self.operations(value, name))
+        case "iops": try set([.readOperations, .writeOperations], name, try Self.operations(value, name))
+        case "burst_ms": try set([.burst], name, try Self.milliseconds(value, name))
         default: throw .invalid("'\(key)' is no limit; the limits are \(Self.known)")
         }
     }
 
-    private mutating func set(
-        _ limits: [WritableKeyPath<ThrottleArgument, UInt64?>], _ key: String, _ value: UInt64
-    ) throws(ControlError) {
+    private mutating func set(_ limits: [CodingKeys], _ name: String, _ value: UInt64) throws(ControlError) {
         for limit in limits {
-            guard self[keyPath: limit] == nil else { throw .invalid("what \(key) sets is given twice") }
-            self[keyPath: limit] = value
+            let path: WritableKeyPath<ThrottleArgument, UInt64?> =
+                switch limit {
+                case .readBytes: \.readBytes
+                case .writeBytes: \.writeBytes
+                case .readOperations: \.readOperations
+                case .writeOperations: \.writeOperations
+                case .burst: \.burst
+                }
+            guard self[keyPath: path] == nil else {
+                let key = limit.rawValue
+                throw .invalid("\(key) is given twice" + (key == name ? "" : "; \(name) sets it, too"))
+            }
+            self[keyPath: path] = value
         }
     }
 
@@ -84,6 +103,20 @@ package struct ThrottleArgument: Sendable, Equatable, Codable {
 
     private static func milliseconds(_ value: String, _ key: String) throws(ControlError) -> UInt64 {
         try checked { () throws(ConfigurationError) in try Value.burst(value, of: key) }
+    }
+}
+
+extension MapEntry {
+    /// Takes the limits that the mapped volume has; what it has by default stays unsaid where nothing was given.
+    package mutating func setLimits(_ limits: Limits) {
+        func said(_ limit: UInt64, _ given: UInt64?, byDefault standard: UInt64 = 0) -> UInt64? {
+            limit == standard && given == nil ? nil : limit
+        }
+        readBytes = said(limits.readBytes, readBytes)
+        writeBytes = said(limits.writeBytes, writeBytes)
+        readOperations = said(limits.readOperations, readOperations)
+        writeOperations = said(limits.writeOperations, writeOperations)
+        burst = said(limits.burst, burst, byDefault: Limits.none.burst)
     }
 }
 

@@ -30,6 +30,11 @@ struct Mapper: Sendable {
         var wasMapped = mapped ?? false
         if hook != nil, mapped == nil { wasMapped = try await find(entry, config: nil, for: .map) != nil }
         let mapping = try await ask(request)
+        if request.limits.change(mapping.limits) {
+            Output.complain(
+                "qbd: warning: \(mapping.volume) is mapped already, and its limits stay as they are"
+                    + " (\(StatusText.limits(mapping.limits))); 'qbd throttle' changes them")
+        }
         var outcome = Outcome(mapping: mapping)
         if let hook, !wasMapped { await run(hook, .map, mapping, &outcome) }
         return outcome

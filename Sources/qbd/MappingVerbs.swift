@@ -10,7 +10,8 @@ struct Map: VerbCommand {
         discussion: """
             The volume becomes the block device /dev/qbdN, which is printed, with the link /dev/qbd/pool/volume. With \
             --export it is served over NBD instead, without a kernel device, and the URI to reach it is printed. \
-            Mapping what is mapped already in the same way changes nothing and is a success.
+            Mapping what is mapped already in the same way changes nothing and is a success; other limits are named on \
+            stderr, and stay: 'qbd throttle' changes them.
             """)
 
     @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"), completion: Names.volumes)
@@ -40,7 +41,7 @@ struct Map: VerbCommand {
         guard save || file.file == nil else {
             throw UsageError("--file is the list of volumes to write to, so it goes with --save", verb: .map)
         }
-        let entry = try entry(name, config: path)
+        var entry = try entry(name, config: path)
         let mapper = Mapper(client: try common.client(for: .map))
         let outcome = try await mapper.map(entry, config: path)
         if let mapping = outcome.mapping {
@@ -54,6 +55,7 @@ struct Map: VerbCommand {
         }
         var problems = outcome.problems
         if save {
+            if let mapping = outcome.mapping { entry.setLimits(mapping.limits) }
             do throws(ControlError) { try file.save(entry) } catch { problems.append(error) }
         }
         try Output.complain(problems)
@@ -63,22 +65,22 @@ struct Map: VerbCommand {
     private func entry(_ name: VolumeName, config path: String) throws(Failure) -> MapEntry {
         var entry = MapEntry(name)
         for key in MapKey.allCases {
-            let value: String? =
+            let (option, value): (String, String?) =
                 switch key {
-                case .config: path == DaemonConfiguration.defaultPath ? nil : path
-                case .export: export ? "1" : nil
-                case .readOnly: readOnly ? "1" : nil
-                case .device: device
-                case .readBytes: limits.readBps
-                case .writeBytes: limits.writeBps
-                case .readOperations: limits.readIops
-                case .writeOperations: limits.writeIops
-                case .burst: limits.burst
-                case .hook: hook.hook
-                case .hookTimeout: hook.hookTimeout
+                case .config: ("--config", path == DaemonConfiguration.defaultPath ? nil : path)
+                case .export: ("--export", export ? "1" : nil)
+                case .readOnly: ("--read-only", readOnly ? "1" : nil)
+                case .device: ("--device", device)
+                case .readBytes: ("--read-bps", limits.readBps)
+                case .writeBytes: ("--write-bps", limits.writeBps)
+                case .readOperations: ("--read-iops", limits.readIops)
+                case .writeOperations: ("--write-iops", limits.writeIops)
+                case .burst: ("--burst", limits.burst)
+                case .hook: ("--hook", hook.hook)
+                case .hookTimeout: ("--hook-timeout", hook.hookTimeout)
                 }
             guard let value else { continue }
-            do throws(ConfigurationError) { try entry.set(key, to: value) } catch {
+            do throws(ConfigurationError) { try entry.set(key, to: value, as: option) } catch {
                 throw Failure(.map, ControlError(error))
             }
         }
@@ -123,8 +125,8 @@ struct Unmap: VerbCommand {
         let config = try config.explicitPath(for: .unmap)
         do throws(ConfigurationError) {
             if let config { try entry.set(.config, to: config) }
-            if let hook = hook.hook { try entry.set(.hook, to: hook) }
-            if let time = hook.hookTimeout { try entry.set(.hookTimeout, to: time) }
+            if let hook = hook.hook { try entry.set(.hook, to: hook, as: "--hook") }
+            if let time = hook.hookTimeout { try entry.set(.hookTimeout, to: time, as: "--hook-timeout") }
         } catch {
             throw Failure(.unmap, ControlError(error))
         }

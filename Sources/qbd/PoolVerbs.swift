@@ -44,7 +44,10 @@ struct Delete: VerbCommand {
     static let configuration = CommandConfiguration(
         commandName: Verb.delete.word, abstract: "Delete a volume and its data.",
         usage: Verb.delete.usageText,
-        discussion: "Refused with exit status 16 while the volume is mapped, or has snapshots.")
+        discussion: """
+            Refused with exit status 16 while the volume is mapped, or has snapshots; those of a cluster's volume are \
+            deleted with it in any case.
+            """)
 
     @Argument(help: ArgumentHelp("pool/volume", valueName: "volume"), completion: Names.volumes)
     var volume: String

@@ -7,8 +7,8 @@ struct Throttle: VerbCommand {
         usage: Verb.throttle.usageText,
         discussion: """
             The keys are read_bps, write_bps (bytes per second), read_iops, write_iops (operations per second), bps and \
-            iops for both directions, and QEMU's bps_rd, bps_wr, iops_rd, iops_wr. 0 removes a limit; limits that are not \
-            named stay. A change holds at once, also for I/O that waits.
+            iops for both directions, QEMU's bps_rd, bps_wr, iops_rd, iops_wr, and burst_ms, which is --burst. 0 removes a \
+            limit; limits that are not named stay. A change holds at once, also for I/O that waits.
             """)
 
     @Argument(help: ArgumentHelp("[tcp://]pool/volume", valueName: "volume"), completion: Names.mapped)
@@ -31,7 +31,7 @@ struct Throttle: VerbCommand {
         let limits = try checked(for: .setThrottle) { () throws(ControlError) in
             var limits = ThrottleArgument()
             if let throttle { limits = try ThrottleArgument(parsing: throttle) }
-            if let burst { try limits.set("burst_ms", burst) }
+            if let burst { try limits.set("burst_ms", burst, as: "--burst") }
             return limits
         }
         let answer = try await common.ask(SetThrottleRequest(volume: volume, config: config, limits: limits))

@@ -250,6 +250,30 @@ def test_save_and_forget(daemon):
     assert sorted(path.name for path in daemon.directory.glob("*map.conf*")) == ["map.conf"]
 
 
+def test_limits_of_what_is_mapped_already_stay_and_are_what_is_saved(daemon):
+    """Mapping again changes nothing; that other limits were asked for is not passed over in silence."""
+    daemon.create("disk/a", MiB)
+    again = ["map", "--export", "disk/a", "--hook", "none"]
+    daemon.qbd(*again).succeeded()
+    result = daemon.qbd(*again, "--read-bps", "10M", "--burst", "50", "--save", "-f", daemon.file).succeeded()
+    assert result.out == daemon.uri("disk/a") + "\n"
+    assert re.fullmatch("qbd: warning: disk/a is mapped already, .*limits stay.*'qbd throttle'.*\n", result.err), result
+    assert daemon.json("list")[0]["read_bps"] == 0
+    line = f"disk/a config={daemon.config} export=1"
+    assert daemon.file.read_text() == f"{line} read_bps=0 burst_ms=100 hook=none\n"
+
+    daemon.qbd("throttle", "disk/a", "-t", "write_bps=5M,read_iops=7", "--burst", "250").succeeded()
+    assert daemon.qbd(*again, "--write-bps", "5M", "--save", "-f", daemon.file).succeeded().err == "", "that is its limit"
+    assert daemon.file.read_text() == f"{line} write_bps=5242880 read_iops=7 burst_ms=250 hook=none\n"
+    daemon.qbd("unmap", "disk/a").succeeded()
+    assert daemon.qbd("map-all", "-f", daemon.file).succeeded().err == ""
+    limits = {key: daemon.json("list")[0][key] for key in ("read_bps", "write_bps", "read_iops", "write_iops", "burst_ms")}
+    assert limits == {"read_bps": 0, "write_bps": 5 * MiB, "read_iops": 7, "write_iops": 0, "burst_ms": 250}
+    daemon.file.write_text(daemon.file.read_text().replace("read_iops=7", "read_iops=8"))
+    assert "disk/a is mapped already" in daemon.qbd("map-all", "-f", daemon.file).succeeded().err
+    assert daemon.json("list")[0]["read_iops"] == 7
+
+
 def test_nothing_is_saved_of_a_map_that_fails(daemon):
     daemon.qbd("map", "--export", "disk/missing", "--save", "-f", daemon.file).failed(2)
     assert not daemon.file.exists()

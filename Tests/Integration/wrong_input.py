@@ -51,9 +51,25 @@ OF_THE_COMMAND = [
     case("-l -c", 64, "-c needs a value"),
     case("-M -f", 64, "-f needs a value"),
     case("help frobnicate", 64, "there is no verb 'frobnicate'"),
-    case("list --timeout soon", 64, "'soon'", "timeout"),
-    case("list --timeout -1", 64, "timeout"),
     case("list --socket", 64, "--socket"),
+    case("-l -k 5", 64, "Unknown option '-k'"),
+    case("list --size 5", 64, "Unknown option '--size'"),
+    case("list -c ''", 64, "-c needs a value", "usage: qbd list"),
+    case("-c '' volumes disk", 64, "-c needs a value"),
+    case("volumes --socket '' disk", 64, "--socket needs a value"),
+    case("-u disk/m -c ''", 64, "-c needs a value", "usage: qbd unmap"),
+    case("unmap disk/m -c --force", 64, "-c needs a value"),
+    case("-u -V disk/m", 64, "-u needs a volume's name right behind it, not '-V'"),
+    case("help snapshot ls", 64, "there is no 'snapshot ls'", "usage: qbd snapshot"),
+    case("help map disk", 64, "there is no 'map disk'"),
+]
+
+TIMEOUTS = [
+    case(line, 22, "'--timeout' is '" + line.split()[-1] + "'", "seconds from 1 to 86400")
+    for line in (
+        "list --timeout soon", "list --timeout -1", "list --timeout 0", "-l --timeout 86401", "suspend disk/m --timeout 0",
+        "map --export disk/a --timeout 1.5", "unmap disk/m --timeout 0", "info disk/m --timeout 0", "version --timeout -5",
+    )
 ]
 
 OF_EACH_VERB = [
@@ -63,12 +79,12 @@ OF_EACH_VERB = [
     case("map disk/a --export=yes", 64, "--export"),
     case("map disk/a --export --device /dev/nbd0", 64, "--device does not go with it"),
     case("map disk/a --export -f {map}", 64, "it goes with --save", map=""),
-    case("map disk/a --export --hook run-me", 22, "absolute path", "'run-me'"),
-    case("map disk/a --export --hook-timeout 0", 22, "'0'", "from 1 to 86400"),
+    case("map disk/a --export --hook run-me", 22, "'--hook'", "absolute path", "'run-me'"),
+    case("map disk/a --export --hook-timeout 0", 22, "'--hook-timeout' is '0'", "from 1 to 86400"),
     case("map disk/a --export --hook-timeout 1h", 22, "'1h'", "seconds"),
-    case("map disk/a --export --read-bps 1Q", 22, "read_bps", "unknown suffix 'Q'"),
-    case("map disk/a --export --burst soon", 22, "burst_ms", "'soon'"),
-    case("map disk/a --device nbd0", 22, "'nbd0'", "absolute path"),
+    case("map disk/a --export --read-bps 1Q", 22, "'--read-bps'", "unknown suffix 'Q'"),
+    case("map disk/a --export --burst soon", 22, "'--burst'", "'soon'"),
+    case("map disk/a --device nbd0", 22, "'--device' is 'nbd0'", "absolute path"),
     case("map disk/a --export -c 'a b'", 22, "blank"),
     case("unmap", 64, "volume", "usage: qbd unmap"),
     case("unmap disk/a --save", 64, "--save"),
@@ -96,7 +112,13 @@ OF_EACH_VERB = [
     case("volumes disk ram", 64, "ram", "usage: qbd volumes"),
     case("version now", 64, "now"),
     case("snapshot", 64, "create, delete, rollback or list", "usage: qbd snapshot"),
-    case("snapshot frobnicate disk/a@s", 64, "usage: qbd snapshot"),
+    case("snapshot frobnicate disk/a@s", 64, "there is no 'snapshot frobnicate'", "usage: qbd snapshot"),
+    case("map disk/a --export -c {conf} -c {conf}", 64, "-c is given twice", conf=""),
+    case("create disk/b -k 1M --size 2M", 64, "--size is given twice"),
+    case("resize disk/m -k 2M -k 3M", 64, "-k is given twice"),
+    case("resume disk/m -t normal -t error", 64, "-t is given twice"),
+    case("-R disk/m -t normal -t error", 64, "-t is given twice"),
+    case("throttle disk/m -t iops=1 -t bps=1", 64, "-t is given twice"),
     case("snapshot create", 64, "snapshot", "usage: qbd snapshot"),
     case("clone disk/a@s", 64, "usage: qbd clone"),
 ]
@@ -123,19 +145,18 @@ NAMES = [
 ]
 
 SIZES = [
-    case(f"create disk/b -k {size}", 22, says)
+    case(f"{verb} {size}", 64, says, f"usage: qbd {verb.split()[0]}")
+    for verb in ("create disk/b -k", "resize disk/m --size")
     for size, says in (
         ("0", "greater than 0"), ("1X", "unknown suffix 'X'"), ("abc", "is not a size"), ("1.5G", "1536M for 1.5G"),
-        ("99999999P", "too large"), ("99999999999999999999", "too large"), ("1000", "multiple of the block size"),
-        ("''", "missing"), ("1KK", "'KK'"), ("0x10", "'x10'"), ("１M", "is not a size"),
+        ("99999999P", "too large"), ("99999999999999999999", "too large"), ("''", "needs a value"), ("-5", "negative"),
+        ("1KK", "'KK'"), ("0x10", "'x10'"), ("１M", "is not a size"),
     )
 ] + [
-    case("create disk/b --size=-1", 22, "negative"),
+    case("create disk/b --size=-1", 64, "negative"),
+    case("-z disk/m --size=-1", 64, "negative", "usage: qbd resize"),
+    case("create disk/b -k 1000", 22, "multiple of the block size"),
     case("create disk/b -k 6K --block-size 4096", 22, "multiple of the block size"),
-    case("resize disk/m -k 1X", 64, "unknown suffix 'X'", "usage: qbd resize"),
-    case("resize disk/m -k 0", 64, "greater than 0"),
-    case("-z disk/m --size=-1", 64, "negative"),
-    case("resize disk/m -k 99999999P", 64, "too large"),
     case("resize disk/m -k 2M --to-store-size", 64, "do not go together"),
     case("resize disk/m -k 1M", 22, "disk/m", "1048576 bytes are the same"),
     case("resize disk/m -k 512K", 22, "disk/m", "1048576", "524288 bytes are less"),
@@ -146,11 +167,15 @@ THROTTLES = [
     case(f"throttle disk/m -t {text}", 22, says)
     for text, says in (
         ("read_bps", "'read_bps'"), ("read_bps=", "missing"), ("read=10", "'read'"), ("read_bps=-5", "negative"),
-        ("read_bps=10,", "''"), ("read_iops=1,read_iops=2", "twice"), ("write_bps=10Q", "unknown suffix 'Q'"),
-        ("write_iops=1.5", "whole number"), ("''", "''"), ("read_bps=99999999P", "too large"),
+        ("read_bps=10,", "''"), ("read_iops=1,read_iops=2", "read_iops is given twice"),
+        ("write_bps=1,bps=2", "write_bps is given twice; bps sets it, too"),
+        ("burst_ms=5 --burst 6", "burst_ms is given twice; --burst sets it, too"), ("write_bps=10Q", "unknown suffix 'Q'"),
+        ("write_iops=1.5", "whole number"), ("read_bps=99999999P", "too large"),
         ("write_iops=5KiB", "unknown suffix 'KiB'"), ("READ_BPS=1", "'READ_BPS'"),
     )
 ] + [
+    case("throttle disk/m -t ''", 64, "-t needs a value"),
+    case("throttle disk/m --burst 0", 22, "'--burst' is '0'"),
     case("resume disk/m -t maybe", 22, "'maybe'", "normal", "discard"),
     case("-R disk/m -t Normal", 22, "'Normal'"),
 ]  # fmt: skip
@@ -179,7 +204,7 @@ LISTS = [
     case("map-all -f {missing}", 2, "{missing}", "create it, or name another with --file"),
     case("unmap-all -f {missing}", 2, "{missing}", "No such file"),
     case("map-all -f {directory}", 21, "{directory}", "not a regular file"),
-    case("map-all -f ''", 2, "No such file"),
+    case("map-all -f ''", 64, "-f needs a value"),
     case("unmap disk/a --forget -f {map}", 25, "not mapped", map="disk/a\n"),
     map_conf("disk", 22, "'disk' names no pool"),
     map_conf("disk/a\texport", 22, "'export' is not key=value"),
@@ -248,5 +273,5 @@ NOT_ALLOWED = [
 ]
 
 WITH_A_DAEMON = (
-    OF_THE_COMMAND + OF_EACH_VERB + NAMES + SIZES + THROTTLES + VOLUMES + LISTS + CONFIGURATIONS + WRONG_SOCKETS
+    OF_THE_COMMAND + TIMEOUTS + OF_EACH_VERB + NAMES + SIZES + THROTTLES + VOLUMES + LISTS + CONFIGURATIONS + WRONG_SOCKETS
 )
