@@ -126,6 +126,8 @@ package struct Export: Sendable, Equatable {
     package var preferredBlock: UInt32 = 4096
     package var canTrim = true
     package var canZeroFast = true
+    /// Of the mapping: one that is made later under the same name has another.
+    package var mapping: UInt64 = 0
 
     package init(name: String, description: String, size: UInt64, readOnly: Bool, minimumBlock: UInt32) {
         self.name = name

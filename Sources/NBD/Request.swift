@@ -61,6 +61,7 @@ package struct RequestLimits {
     @inline(__always)
     package func refusal(of header: RequestHeader, _ command: Command?) -> Refusal? {
         guard let command else { return Refusal(errno: 22, text: "unknown command") }
+        if command == .disconnect { return nil }
         if header.flags & ~command.allowedFlags != 0 { return Refusal(errno: 22, text: "flag not allowed here") }
         switch command {
         case .disconnect, .flush: return nil
@@ -165,12 +166,19 @@ package struct Request {
         case gate
         /// Waiting for its limits.
         case throttle
+        /// Waiting for what is in flight of a connection that was left.
+        case behind
+        /// Answered; the client may not have taken it yet.
+        case answered
         /// The slot is free.
         case nowhere
     }
 
     /// Its connection is closed: nobody waits for the answer.
     package var isAbandoned: Bool { session._withUnsafeGuaranteedRef { $0.closed } }
+
+    /// It is not answered, and changes bytes of the volume.
+    package var mayChangeData: Bool { place != .nowhere && place != .answered && command.changesData }
 
     package var durable: Bool { flags & NBD.NBD_CMD_FLAG_FUA != 0 }
     package var noHole: Bool { flags & NBD.NBD_CMD_FLAG_NO_HOLE != 0 }

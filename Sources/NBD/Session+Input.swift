@@ -18,6 +18,7 @@ extension Session {
         } else if count == 0 {
             endReason = input.isWithinRequest || dropping > 0 ? "the client closed within a request" : nil
             drain()
+            hangUp()
         } else if errno != EAGAIN && errno != EINTR {
             fail("receive: \(errnoText(errno))")
         }

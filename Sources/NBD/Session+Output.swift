@@ -10,6 +10,7 @@ extension Session {
     @inline(__always)
     func enqueueReply(_ request: UnsafeMutablePointer<Request>) {
         guard !closed else { return release(request) }
+        request.pointee.place = .answered
         request.buildReply(structured: limits.structured)
         request.pointee.next = nil
         if let lastReply { lastReply.pointee.next = request } else { firstReply = request }

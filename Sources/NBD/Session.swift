@@ -16,6 +16,8 @@ package protocol SessionTarget: AnyObject {
     func forget(_ request: UnsafeMutablePointer<Request>)
     /// Bytes have arrived on a connection; what is whole of them is parsed when this returns, unless it ended the session.
     func received(_ session: Session)
+    /// The client sends no more, but may still take answers. What it sent may not all be parsed yet.
+    func clientHungUp(_ session: Session)
     /// The connection is closed, and gets no more answers. What is in flight of it goes on; what was not begun need not
     /// be.
     func sessionClosed(_ session: Session)
@@ -58,6 +60,8 @@ package final class Session: EventSource {
     var paused = false
     /// No more requests will come: DISC, end of stream, or the daemon stops.
     var draining = false
+    /// The volume has been told that the client sends no more.
+    private var hungUp = false
     package private(set) var closed = false
     private var ended = false
     var endReason: String?
@@ -102,7 +106,7 @@ package final class Session: EventSource {
     /// Begins to serve. Throws what the loop says of the descriptor, and then has closed it.
     package func start(leftover: [UInt8]) throws(SystemError) {
         do {
-            events = EPOLLIN.rawValue
+            events = EPOLLIN.rawValue | EPOLLRDHUP.rawValue
             token = try loop.add(descriptor, events: events, source: self)
         } catch {
             Glibc.close(descriptor)
@@ -134,6 +138,7 @@ package final class Session: EventSource {
             waitsForRoom = false
             updateEvents()
         }
+        if ready & EPOLLRDHUP.rawValue != 0, !hungUp { hangUp() }
         if ready & EPOLLIN.rawValue != 0, !draining, !paused { return receive() }
         if ready & (EPOLLERR.rawValue | EPOLLHUP.rawValue) != 0 {
             // Nobody is there any more to read replies.
@@ -143,11 +148,19 @@ package final class Session: EventSource {
         }
     }
 
+    /// The client sends no more.
+    func hangUp() {
+        hungUp = true
+        target.clientHungUp(self)
+        updateEvents()
+    }
+
     /// Waits for what is of use now: input when there is room for requests, output when the socket was full.
     func updateEvents() {
         guard let token, !closed else { return }
         var wanted: UInt32 = 0
         if !draining, !paused { wanted |= EPOLLIN.rawValue }
+        if !draining, !hungUp { wanted |= EPOLLRDHUP.rawValue }
         if waitsForRoom { wanted |= EPOLLOUT.rawValue }
         guard wanted != events else { return }
         events = wanted

@@ -89,7 +89,7 @@ extension Volume {
         let now = loop.now
         var storeIsSlow = false
         requests.forEachTouched { request in
-            guard request.pointee.place == .volume || request.pointee.place == .throttle,
+            guard request.pointee.place != .gate, request.pointee.place != .nowhere,
                 now &- request.pointee.admitted > watch.slowIO
             else { return }
             if request.pointee.place == .volume, request.pointee.pendingParts > 0 { storeIsSlow = true }
@@ -102,9 +102,8 @@ extension Volume {
         switch request.pointee.place {
         case .throttle: "waits for the volume's limits"
         case .volume where request.pointee.pendingParts > 0: "waits at the store"
-        case .volume, .gate, .nowhere:
-            firstWaiting == nil && leaving.isEmpty
-                ? "waits for the client to take its answer" : "waits behind others"
+        case .answered: "waits for the client to take its answer"
+        case .volume, .behind, .gate, .nowhere: "waits behind others"
         }
     }
 

@@ -15,7 +15,10 @@ struct LeavingSessions {
 
     var isEmpty: Bool { kernel == 0 && clients.isEmpty }
 
+    var hasWaiting: Bool { firstWaiting != nil }
+
     mutating func append(_ request: UnsafeMutablePointer<Request>) {
+        request.pointee.place = .behind
         request.pointee.next = nil
         if let last = lastWaiting { last.pointee.next = request } else { firstWaiting = request }
         lastWaiting = request
@@ -33,8 +36,9 @@ struct LeavingSessions {
 // could undo a newer write to the same blocks. So:
 // - requests of a closed connection that have not begun never begin;
 // - of the kernel, requests of other connections begin when nothing of a closed one is in flight;
-// - of other clients, who are not known to be the same, only what changes the same bytes waits. A client that has said that
-//   it sends no more may want its answers all the same: its connection counts as left when the next one comes.
+// - of other clients, who are not known to be the same, only what changes the same bytes waits, until it is answered. A
+//   client that has said that it sends no more may want its answers all the same: its connection counts as left when there
+//   is another, and what it sent that was not begun by then never begins.
 extension Volume {
     package func sessionClosed(_ session: Session) {
         dropHeld(of: session)
@@ -51,11 +55,25 @@ extension Volume {
 
     /// Call before a client's new connection is served: it may be one that has just left another.
     func noticeHungUp() {
-        for session in sessions where !session.closed && session.inFlight > 0 && session.peer != KernelSide.peer {
+        for session in sessions where !session.closed && session.peer != KernelSide.peer {
             var end = pollfd(fd: session.descriptor, events: Int16(EPOLLRDHUP.rawValue), revents: 0)
-            if poll(&end, 1, 0) > 0 { noticeLeaving(session) }
+            if poll(&end, 1, 0) > 0 { leave(session) }
         }
         settleAdmission()
+    }
+
+    package func clientHungUp(_ session: Session) {
+        guard session.peer != KernelSide.peer,
+            sessions.contains(where: { $0 !== session && !$0.closed && $0.peer != KernelSide.peer })
+        else { return }
+        leave(session)
+        settleAdmission()
+    }
+
+    /// What the client sent that is not begun yet never begins.
+    private func leave(_ session: Session) {
+        session.drain()
+        noticeLeaving(session)
     }
 
     private func noticeLeaving(_ session: Session) {
@@ -69,14 +87,29 @@ extension Volume {
         guard request.pointee.command.changesData else { return false }
         let start = request.pointee.offset
         let end = start + UInt64(request.pointee.length)
+        // One that leaves itself waits for those that left before it: no two wait for each other.
+        let left = leaving.clients.prefix { !request.belongs(to: $0) }
         var waits = false
         requests.forEachTouched { other in
-            guard !waits, other.pointee.place != .nowhere, other != request, other.pointee.command.changesData,
-                other.pointee.offset < end, other.pointee.offset + UInt64(other.pointee.length) > start
+            guard !waits, other.pointee.mayChangeData, other.pointee.offset < end,
+                other.pointee.offset + UInt64(other.pointee.length) > start
             else { return }
-            waits = leaving.clients.contains { other.belongs(to: $0) }
+            waits = left.contains { other.belongs(to: $0) }
         }
         return waits
+    }
+
+    /// Call at the end of a turn in which requests may have been answered.
+    func admitWaiting() {
+        var next = leaving.takeWaiting()
+        var moved = false
+        while let request = next {
+            next = request.pointee.next
+            admit(request)
+            if request.pointee.place != .behind { moved = true }
+        }
+        // What was begun now has missed the backend's end of turn.
+        if moved { loop.runAgain() }
     }
 
     /// - Parameter ended: sessions that are closed and have nothing in flight any more.
@@ -85,11 +118,6 @@ extension Volume {
         leaving.kernel -= ended.count { $0.peer == KernelSide.peer }
         leaving.clients.removeAll { session in ended.contains { $0 === session } }
         settleAdmission()
-        var next = leaving.takeWaiting()
-        while let request = next {
-            next = request.pointee.next
-            admit(request)
-        }
-        loop.runAgain()
+        admitWaiting()
     }
 }

@@ -167,6 +167,8 @@ extension Volume {
     }
 
     private func handOverWaiting() {
+        // What is handed over now may have missed the backend's end of turn.
+        defer { loop.runAgain() }
         while let request = firstWaiting {
             let next = request.pointee.next
             // Answering may come back here; the queue is in order before.
@@ -179,6 +181,5 @@ extension Volume {
             firstWaiting = next
         }
         lastWaiting = nil
-        loop.runAgain()
     }
 }

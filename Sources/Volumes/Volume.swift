@@ -17,6 +17,8 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     var opened: any OpenVolume { currentlyOpened.withLock { $0 } }
     let currentlyOpened: Mutex<any OpenVolume>
     let loop: EventLoop
+    /// Made by this process so far.
+    private static let mappings = Atomic<UInt64>(0)
     let logger: Logger
     private let maximumSessions: Int
     /// Called on the loop.
@@ -72,9 +74,11 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
             readOnly: opened.readOnly, minimumBlock: record.blockSize)
         export.preferredBlock = max(4096, record.blockSize)
         export.canTrim = opened.canTrim
+        export.mapping = Self.mappings.wrappingAdd(1, ordering: .relaxed).newValue
         currentExport = Mutex(export)
         let sessions = maximumSessions + KernelSide.maximumSessions
-        buffers = BufferPool(maximumRegions: sessions + 4)
+        // The largest payload takes a region, and a session may have one in flight while it receives the next.
+        buffers = BufferPool(maximumRegions: 2 * sessions + 4)
         vectors = .allocate(capacity: Session.vectorCapacity)
         requests = Slab(capacity: sessions * Session.maximumInFlight)
         parts = Slab(capacity: sessions * Session.maximumInFlight)
@@ -164,6 +168,12 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     // MARK: Sessions
 
     func begin(descriptor: Int32, peer: String, negotiated: Negotiated, leftover: [UInt8]) {
+        guard negotiated.export.mapping == export.mapping else {
+            Glibc.close(descriptor)
+            logger.warning(
+                "client refused: its handshake was with a mapping that has ended since", metadata: ["peer": "\(peer)"])
+            return
+        }
         guard !stopping, peer == KernelSide.peer || sessions.count < maximumSessions else {
             Glibc.close(descriptor)
             logger.warning(
@@ -209,6 +219,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
             index &+= 1
         }
         if !endedSessions.isEmpty { forgetEnded() }
+        if leaving.hasWaiting { admitWaiting() }
         if activity != activityAtTimer, quiet?.isArmed == false {
             activityAtTimer = activity
             quiet?.arm(after: 1_000_000_000)

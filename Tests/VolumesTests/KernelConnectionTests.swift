@@ -115,6 +115,79 @@ import Volumes
         }
     }
 
+    @Test func whatIsUnreadOfALeftConnectionNeverBegins() async throws {
+        try await withVolume { volume, backend in
+            let first = try KernelEnd(volume, peer: "unix")
+            // As many as a connection may have in flight, so that the next one is not read.
+            let marks = (1...UInt8(Session.maximumInFlight)).map { $0 }
+            for mark in marks { first.write(mark: mark, block: 1) }
+            await backend.waitUntilBegun(marks)
+            first.write(mark: 200)
+            first.shutDown(SHUT_WR)
+            let second = try KernelEnd(volume, peer: "unix")
+            second.write(mark: 201)
+            await backend.waitUntilBegun(marks + [201])
+            backend.complete(201)
+            #expect(second.readReplies(1) == [201])
+            for mark in marks { backend.complete(mark) }
+            #expect(first.readReplies(marks.count) == marks)
+            #expect(first.isClosed)
+            second.write(mark: 202)
+            await backend.waitUntilBegun(marks + [201, 202])
+            backend.complete(202)
+            #expect(second.readReplies(1) == [202])
+        }
+    }
+
+    @Test func connectionsThatAreLeftDoNotWaitForEachOther() async throws {
+        try await withVolume { volume, backend in
+            let first = try KernelEnd(volume, peer: "unix")
+            first.write(mark: 1)
+            await backend.waitUntilBegun([1])
+            first.shutDown(SHUT_WR)
+            let (second, third) = (try KernelEnd(volume, peer: "unix"), try KernelEnd(volume, peer: "unix"))
+            second.write(mark: 2)
+            await waitUntil { await volume.status()?.inFlight == 2 }
+            third.write(mark: 3)
+            await waitUntil { await volume.status()?.inFlight == 3 }
+            second.write(mark: 4)
+            await waitUntil { await volume.status()?.inFlight == 4 }
+            second.shutDown(SHUT_WR)
+            third.shutDown(SHUT_WR)
+            let fourth = try KernelEnd(volume, peer: "unix")
+            fourth.write(mark: 5)
+            await waitUntil { await volume.status()?.inFlight == 5 }
+            backend.complete(1)
+            await backend.waitUntilBegun([1, 2, 4])
+            backend.complete(4)
+            #expect(second.readReplies(1) == [4])
+            #expect(backend.begun == [1, 2, 4])
+            backend.complete(2)
+            await backend.waitUntilBegun([1, 2, 4, 3])
+            backend.complete(3)
+            await backend.waitUntilBegun([1, 2, 4, 3, 5])
+            backend.complete(5)
+            #expect(first.readReplies(1) == [1])
+            #expect(second.readReplies(1) == [2])
+            #expect(third.readReplies(1) == [3])
+            #expect(fourth.readReplies(1) == [5])
+        }
+    }
+
+    @Test func aHandshakeWithAnEarlierMappingIsNotContinued() async throws {
+        try await withVolume { earlier, _ in
+            try await withVolume { volume, backend in
+                let stale = try KernelEnd(volume, peer: "unix", export: earlier.export)
+                #expect(stale.isClosed)
+                let fresh = try KernelEnd(volume, peer: "unix")
+                fresh.write(mark: 1)
+                await backend.waitUntilBegun([1])
+                backend.complete(1)
+                #expect(fresh.readReplies(1) == [1])
+            }
+        }
+    }
+
     @Test func connectionsThatEndByThemselvesAreReported() async throws {
         let lost = Mutex(0)
         try await withVolume {
@@ -146,7 +219,7 @@ import Volumes
         var logger = Logger(label: "test")
         logger.logLevel = .critical
         let volume = try await Volume.start(
-            name: "pool/volume", opened: opened, settings: VolumeSettings(), maximumSessions: 3, logger: logger,
+            name: "pool/volume", opened: opened, settings: VolumeSettings(), maximumSessions: 4, logger: logger,
             report: report)
         try await body(volume, opened.backend)
         await volume.stop(grace: 0, failingHeld: false)
@@ -227,8 +300,10 @@ private final class HeldBackend: Backend, @unchecked Sendable {
 private final class KernelEnd {
     private let socket: Int32
 
-    /// - Parameter peer: nil for the kernel.
-    init(_ volume: Volume, peer: String? = nil) throws {
+    /// - Parameters:
+    ///   - peer: nil for the kernel.
+    ///   - export: of the handshake, where it is not the volume's.
+    init(_ volume: Volume, peer: String? = nil, export: Export? = nil) throws {
         let pair = try SocketPair.make(count: 1)[0]
         socket = pair.kernel
         guard let peer else {
@@ -237,7 +312,8 @@ private final class KernelEnd {
         }
         volume.attach(
             descriptor: pair.server, peer: peer,
-            negotiated: Negotiated(export: volume.export, structured: false, baseAllocation: false), leftover: [])
+            negotiated: Negotiated(export: export ?? volume.export, structured: false, baseAllocation: false),
+            leftover: [])
     }
 
     deinit { close(socket) }
@@ -275,7 +351,7 @@ private final class KernelEnd {
             var byte: UInt8 = 0
             var ready = pollfd(fd: socket, events: Int16(POLLIN), revents: 0)
             poll(&ready, 1, 10_000)
-            guard recv(socket, &byte, 1, 0) == 1 else { return bytes }
+            guard recv(socket, &byte, 1, Int32(MSG_DONTWAIT)) == 1 else { return bytes }
             bytes.append(byte)
         }
         return bytes
