@@ -125,6 +125,12 @@ package final class Session: EventSource {
         endIfDone()
     }
 
+    /// Takes in what the client sent before it hung up, as far as there is room for it; the rest never begins.
+    package func finish() {
+        while !draining, !paused { receive() }
+        if !draining { drain() }
+    }
+
     /// The export has grown, and this client is told so in its own way.
     package func resized(to size: UInt64) { limits.size = size }
 

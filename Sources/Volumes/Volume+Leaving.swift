@@ -38,7 +38,7 @@ struct LeavingSessions {
 // - of the kernel, requests of other connections begin when nothing of a closed one is in flight;
 // - of other clients, who are not known to be the same, only what changes the same bytes waits, until it is answered. A
 //   client that has said that it sends no more may want its answers all the same: its connection counts as left when there
-//   is another, and what it sent that was not begun by then never begins.
+//   is another, and what it sent that there is no room for by then never begins.
 extension Volume {
     package func sessionClosed(_ session: Session) {
         dropHeld(of: session)
@@ -70,9 +70,8 @@ extension Volume {
         settleAdmission()
     }
 
-    /// What the client sent that is not begun yet never begins.
     private func leave(_ session: Session) {
-        session.drain()
+        session.finish()
         noticeLeaving(session)
     }
 

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from harness import wait_for
+from harness import SANITIZER, wait_for
 from pureflash import SHARD
 from test_pureflash import cluster, connected
 
@@ -20,6 +20,7 @@ def connections(store):
     return count
 
 
+@pytest.mark.skipif(SANITIZER == "thread", reason="ThreadSanitizer takes nearly all of the address space")
 @pytest.mark.deadline(180)
 def test_300_volumes_over_three_stores():
     count, size = 300, 130 * GiB

@@ -19,7 +19,7 @@ import pytest
 from bystander import Bystander
 from harness import QBD, KiB, MiB, SANITIZER, SLOWNESS, environment, run, wait_for
 from wire import (
-    CMD_DISC, CMD_FLUSH, CMD_READ, CMD_WRITE, FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, IHAVEOPT, OPT_GO, OPT_LIST,
+    CMD_DISC, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, IHAVEOPT, OPT_GO, OPT_LIST,
     REQUEST_MAGIC, Closed, Session, info_data,
 )  # fmt: skip
 
@@ -139,6 +139,23 @@ def test_client_that_stops_reading_replies_to_writes(daemon, pool):
         if not SANITIZER:
             assert grown < 4 * 8 * MiB
     same.stop()
+
+
+def test_what_a_client_does_not_take_holds_up_nobody(daemon, pool):
+    daemon.volume(f"{pool}/a")
+    with Session(daemon.nbd_socket, timeout=10) as lazy, Session(daemon.nbd_socket, timeout=10) as other:
+        lazy.greet()
+        lazy.go(f"{pool}/a")
+        for _ in range(4):
+            lazy.request(CMD_READ, 0, 4 * MiB)
+        lazy.request(CMD_TRIM, 0, 64 * MiB)
+        wait_for(lambda: daemon.json("info", f"{pool}/a")["counters"]["in_flight"] == 5, "all requests are there")
+        # It may be one that comes back on another connection.
+        lazy.socket.shutdown(socket.SHUT_WR)
+        other.greet()
+        other.go(f"{pool}/a")
+        assert other.call(CMD_WRITE, 0, payload=b"x" * 4096).error == 0
+        assert other.call(CMD_READ, 0, 4096).data == b"x" * 4096
 
 
 def test_client_that_stops_reading_in_the_handshake(daemon):
