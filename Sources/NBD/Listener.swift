@@ -16,8 +16,12 @@ package protocol ExportHost: ExportDirectory, AnyObject {
 /// A listening socket on a loop of its own: accepts, and leads each client through the handshake without waiting for
 /// any. Used on its loop's thread alone; only the reference travels.
 package final class Listener: EventSource, @unchecked Sendable {
-    /// Handshakes under way at a time; more clients wait in the socket's backlog.
+    /// Handshakes under way at a time. One more ends the oldest, so that clients that say nothing keep nobody out.
     static let maximumHandshakes = 512
+    /// Clients accepted before those that are in their handshake get their turn.
+    private static let maximumBatch = 64
+    /// Seconds between two lines about handshakes that made room.
+    private static let reportInterval = 10.0
     /// Seconds a client has for its handshake.
     static let handshakeTimeout: UInt64 = 30
 
@@ -26,7 +30,10 @@ package final class Listener: EventSource, @unchecked Sendable {
     private let descriptor: Int32
     private let isTCP: Bool
     private var token: EventLoop.Token?
-    private var handshakes: [ObjectIdentifier: HandshakeConnection] = [:]
+    /// In the order of their arrival.
+    private var handshakes: [HandshakeConnection] = []
+    private var madeRoom = 0
+    private var nextReport = Deadline(seconds: 0)
     private var retry: LoopTimer?
     private var listening = false
 
@@ -49,12 +56,13 @@ package final class Listener: EventSource, @unchecked Sendable {
         if let token { loop.remove(token, descriptor: descriptor) }
         token = nil
         Glibc.close(descriptor)
-        for connection in handshakes.values { connection.close() }
-        handshakes = [:]
+        for connection in handshakes { connection.close() }
+        handshakes = []
     }
 
     package func ready(events: UInt32) {
-        while listening {
+        // What waits in the backlog is told again.
+        for _ in 0..<Self.maximumBatch where listening {
             var address = sockaddr_storage()
             var length = socklen_t(MemoryLayout<sockaddr_storage>.size)
             let client = withUnsafeMutablePointer(to: &address) { storage in
@@ -102,15 +110,25 @@ package final class Listener: EventSource, @unchecked Sendable {
             host.listenerEvent("\(peer): \(error)")
             return
         }
-        handshakes[ObjectIdentifier(connection)] = connection
-        if handshakes.count >= Self.maximumHandshakes { pauseAccepting() }
+        handshakes.append(connection)
+        if handshakes.count > Self.maximumHandshakes { makeRoom() }
         connection.proceed()
     }
 
+    private func makeRoom() {
+        madeRoom += 1
+        handshakes.removeFirst().close()
+        guard nextReport.passed else { return }
+        host.listenerEvent(
+            "\(madeRoom) client\(madeRoom == 1 ? "" : "s") that had not finished the handshake made room for others:"
+                + " \(Self.maximumHandshakes) are under way")
+        madeRoom = 0
+        nextReport = Deadline(seconds: Self.reportInterval)
+    }
+
     func ended(_ connection: HandshakeConnection) {
-        handshakes[ObjectIdentifier(connection)] = nil
+        handshakes.removeAll { $0 === connection }
         host.handshakesChanged(handshakes.count)
-        if handshakes.count < Self.maximumHandshakes, retry?.isArmed == false { resumeAccepting() }
     }
 
     private func describe(_ address: inout sockaddr_storage) -> String {

@@ -532,6 +532,32 @@ def test_more_clients_than_a_volume_takes(daemon):
         handle.shutdown()
 
 
+@pytest.mark.parametrize("over", ["Unix socket", "TCP"])
+def test_clients_that_say_nothing_keep_nobody_out(new_daemon, over):
+    """As many as there can be in their handshake: those who come next are served at once, and the oldest make room."""
+    daemon = new_daemon(tcp=True).start()
+    uri = daemon.volume("disk/volume")
+    served = connect(uri)
+    address = daemon.nbd_socket if over == "Unix socket" else ("127.0.0.1", daemon.port)
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(Session(address)) for _ in range(512)]
+        # All of them are in.
+        silent[-1].receive(18)
+        for _ in range(3):
+            with Session(address, timeout=5).greet() as session:
+                session.go("disk/volume")
+                assert session.read(0, 512) == bytes(512)
+        for session in silent[:-1]:
+            session.receive(18)
+        # One of them had to make room, the oldest.
+        wait_for(lambda: select.select([silent[0].socket], [], [], 0)[0], "the oldest is ended")
+        assert silent[0].socket.recv(1) == b""
+        assert not select.select([session.socket for session in silent[1:]], [], [], 0.2)[0], "more than needed"
+    assert served.pread(512, 0) == bytes(512)
+    served.shutdown()
+    assert "made room" in daemon.log()
+
+
 def test_out_of_descriptors(daemon):
     """More clients than descriptors: those that are connected go on, and others get in when some have left."""
     uri = daemon.volume("disk/volume")
