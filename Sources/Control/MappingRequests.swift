@@ -187,7 +187,11 @@ package struct SuspendRequest: ControlRequest {
 
 /// Decide what becomes of held-back and later I/O.
 package struct ResumeRequest: ControlRequest {
-    package typealias Answer = Done
+    package struct Answer: Codable, Sendable, Equatable {
+        /// That it is not written down.
+        package var warning: String?
+        package init(warning: String? = nil) { self.warning = warning }
+    }
     package static let command = Command.resume
 
     package var volume: String

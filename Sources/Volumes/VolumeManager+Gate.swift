@@ -32,14 +32,28 @@ extension VolumeManager {
 
     /// Lets the volume's I/O run again, or fail, or be discarded; also what was held back. From any state.
     /// - Parameter state: anything but `suspended`.
-    package func resume(pool: String, volume: String, _ state: GateState) async throws(BackendError) {
+    /// - Returns: what is to be known of it: the next daemon would undo it. Nil for nothing.
+    package func resume(pool: String, volume: String, _ state: GateState) async throws(BackendError) -> String? {
         let name = "\(pool)/\(volume)"
         cancelSuspend(name)
-        try await names.run(name) { [self] () throws(BackendError) in
+        return try await names.run(name) { [self] () throws(BackendError) -> String? in
             guard let mapping = mapping(name) else { throw notMapped(name) }
-            guard mapping.settings.gate != state else { return }
+            let before = mapping.settings.gate
+            guard before != state || mapping.isUnsaved else { return nil }
+            var warning: String?
             // Should the daemon end in between, the next one does what was asked.
-            try await keep(state, of: mapping)
+            do throws(BackendError) { try await keep(state, of: mapping) } catch {
+                // What is held back may be what would make room in that folder.
+                guard state == .normal || before == .suspended || before == state else { throw error }
+                note(unsaved: setting(state, of: mapping), name)
+                let text =
+                    "\(name) is resumed, but that is not written down (\(error.message)): until it is, a daemon that is"
+                    + " started again does not know of it; repeat `qbd resume \(name) -t \(state.rawValue)` when the"
+                    + " folder can be written"
+                mapping.volume.logger.warning("\(text)")
+                warning = text
+            }
+            guard before != state else { return warning }
             try await mapping.volume.resume(state)
             if let device = mapping.device { await setResendInterval(device, mapping.volume, heldBack: false) }
             switch state {
@@ -48,6 +62,7 @@ extension VolumeManager {
             case .discard: mapping.volume.logger.warning("resumed with loss: what is written is discarded")
             case .suspended: preconditionFailure("resuming into suspension")
             }
+            return warning
         }
     }
 
@@ -87,15 +102,39 @@ extension VolumeManager {
     }
 
     private func keep(_ state: GateState, of mapping: Mapping) async throws(BackendError) {
+        try await keep(setting(state, of: mapping), of: mapping)
+    }
+
+    private func setting(_ state: GateState, of mapping: Mapping) -> VolumeSettings {
         var settings = mapping.settings
+        guard settings.gate != state else { return settings }
         settings.gate = state
         settings.gateSince = Int64(time(nil))
-        try await keep(settings, of: mapping)
+        return settings
     }
 
     func keep(_ settings: VolumeSettings, of mapping: Mapping) async throws(BackendError) {
         try await remember(
             mapping.pool, mapping.options, settings, mapping.volume, mapping.deviceID, mapping.device?.identifier)
-        state.withLock { $0.mappings[mapping.volume.name]?.settings = settings }
+        state.withLock { state in
+            state.mappings[mapping.volume.name]?.settings = settings
+            state.mappings[mapping.volume.name]?.isUnsaved = false
+        }
+    }
+
+    private func note(unsaved settings: VolumeSettings, _ name: String) {
+        state.withLock { state in
+            state.mappings[name]?.settings = settings
+            state.mappings[name]?.isUnsaved = true
+        }
+    }
+
+    /// The last chance for what could not be written when it was set.
+    func keepUnsaved(_ mapping: Mapping) async {
+        guard mapping.isUnsaved else { return }
+        do throws(BackendError) { try await keep(mapping.settings, of: mapping) } catch {
+            mapping.volume.logger.error(
+                "that it is in the state \(mapping.settings.gate.rawValue) is not written down: \(error.message)")
+        }
     }
 }

@@ -65,6 +65,8 @@ package final class VolumeManager: Sendable {
         let volume: Volume
         let device: AttachedDevice?
         var settings: VolumeSettings
+        /// The state folder has older settings: it could not be written.
+        var isUnsaved = false
     }
 
     struct State {
@@ -341,6 +343,7 @@ package final class VolumeManager: Sendable {
 
     private func close(_ mapping: Mapping, _ name: String) async {
         registry.remove(name)
+        await keepUnsaved(mapping)
         await end(mapping.volume, failingHeld: false)
         state.withLock { $0.mappings[name] = nil }
     }

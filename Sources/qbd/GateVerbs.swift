@@ -54,6 +54,7 @@ struct Resume: VerbCommand {
         let config = try config.explicitPath(for: .resume)
         let mode = try checked(for: .resume) { () throws(ControlError) in try ResumeMode(parsing: throttle) }
         let done = try await common.ask(ResumeRequest(volume: volume, config: config, mode: mode))
+        if let warning = done.warning { Output.complain("qbd: warning: \(warning)") }
         if common.verbose { Output.complain("resumed \(name), \(mode.rawValue)") }
         try Output.answer(.resume, done, asJSON: common.json) { _ in "" }
     }

@@ -107,11 +107,11 @@ struct DaemonService: ControlService {
         let name = try VolumeName.reachable(request.volume)
         try checkConfig(request.config, of: name)
         do throws(BackendError) {
-            try await manager.resume(pool: name.pool, volume: name.volume, GateState(request.mode))
+            return .init(
+                warning: try await manager.resume(pool: name.pool, volume: name.volume, GateState(request.mode)))
         } catch {
             throw failed("resume", name, error)
         }
-        return Done()
     }
 
     func list(_ request: ListRequest) async throws(ControlError) -> ListRequest.Answer {

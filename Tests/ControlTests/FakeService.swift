@@ -49,7 +49,7 @@ final class FakeService: ControlService {
 
     func resume(_ request: ResumeRequest) async throws(ControlError) -> ResumeRequest.Answer {
         note("resume \(request.volume) \(request.mode)")
-        return Done()
+        return .init()
     }
 
     func list(_ request: ListRequest) async throws(ControlError) -> ListRequest.Answer {

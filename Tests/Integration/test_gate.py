@@ -374,6 +374,71 @@ def test_state_survives_the_daemon(daemon, mode, how):
     assert state(daemon, volume) == "normal"
 
 
+@contextlib.contextmanager
+def state_folder_away(daemon):
+    """The state folder cannot be written, not even by root: a file stands in its place."""
+    away = daemon.state.rename(daemon.directory / "away")
+    daemon.state.touch()
+    try:
+        yield
+    finally:
+        daemon.state.unlink()
+        away.rename(daemon.state)
+
+
+@pytest.mark.parametrize("mode", ["normal", "error", "discard"])
+def test_resume_works_without_the_state_folder(daemon, mode):
+    """What is held back may be what would make room there. A daemon that is killed then is suspended again."""
+    volume = "disk/foo"
+    daemon.volume(volume)
+    daemon.qbd("suspend", volume).succeeded()
+    session = connect(daemon, volume)
+    pending = {session.request(CMD_WRITE, 0, payload=b"b" * BLOCK): (CMD_WRITE, 0, BLOCK)}
+    wait_held(daemon, volume, 1)
+    with state_folder_away(daemon):
+        result = daemon.qbd("resume", volume, "-t", mode).succeeded()
+        assert result.out == ""
+        assert "warning: " in result.err and str(daemon.state) in result.err and "repeat" in result.err, result
+        assert session.answer(pending).error == (errno.EIO if mode == "error" else 0)
+        assert state(daemon, volume) == mode
+        assert "not written down" in daemon.qbd("resume", volume, "-t", mode).succeeded().err
+    daemon.kill()
+    daemon.start()
+    assert state(daemon, volume) == "suspended"
+
+
+@pytest.mark.parametrize("how", ["repeated", "at the end"])
+def test_a_resume_is_written_down_as_soon_as_that_works(daemon, how):
+    volume = "disk/foo"
+    daemon.volume(volume)
+    daemon.qbd("suspend", volume).succeeded()
+    with state_folder_away(daemon):
+        daemon.qbd("resume", volume, "-t", "normal").succeeded()
+    if how == "repeated":
+        result = daemon.qbd("resume", volume, "-t", "normal").succeeded()
+        assert result.err == "", result
+        daemon.kill()
+    else:
+        daemon.stop()
+    daemon.start()
+    assert state(daemon, volume) == "normal"
+
+
+def test_what_is_not_stuck_needs_the_state_folder(daemon):
+    volume = "disk/foo"
+    daemon.volume(volume)
+    with state_folder_away(daemon):
+        for mode in ("error", "discard"):
+            daemon.qbd("resume", volume, "-t", mode).failed(errno.ENOTDIR, str(daemon.state))
+            assert state(daemon, volume) == "normal"
+        daemon.qbd("suspend", volume).failed(errno.ENOTDIR, str(daemon.state))
+        assert state(daemon, volume) == "normal"
+    daemon.qbd("resume", volume, "-t", "error").succeeded()
+    with state_folder_away(daemon):
+        assert "not written down" in daemon.qbd("resume", volume, "-t", "normal").succeeded().err
+    assert state(daemon, volume) == "normal"
+
+
 def test_suspend_survives_kills_under_load(daemon):
     """Suspend, kill -9, restart, resume: what was acknowledged is there each time."""
     volume = "disk/foo"
