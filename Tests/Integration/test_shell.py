@@ -62,6 +62,12 @@ def test_systemd_finds_no_fault_with_the_units(installed):
     assert result.status == 0 and not ours, result
 
 
+def test_systemd_never_gives_the_daemon_up(installed):
+    """I/O of mounted disks waits for it. By default five failures within ten seconds would be the last."""
+    sections = (installed / "etc/systemd/system/qbdd.service").read_text().split("[Service]")
+    assert "\nStartLimitIntervalSec=0\n" in sections[0] and "\nRestart=always\n" in sections[1]
+
+
 # Help
 
 
