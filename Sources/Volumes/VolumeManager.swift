@@ -377,10 +377,10 @@ package final class VolumeManager: Sendable {
 
     // MARK: The end
 
-    /// Takes no more clients, finishes what is in flight, and closes everything. Devices stay, and their I/O waits for
-    /// the next daemon; exports come back with it.
+    /// Takes no more clients, finishes what is in flight, and closes everything, in a few seconds: what takes longer is
+    /// left as it is. Devices stay, and their I/O waits for the next daemon; exports come back with it.
     ///
-    /// Also when it was called before: returns when everything is closed.
+    /// Also when it was called before: returns when that is done.
     package func shutdown() async {
         let task = state.withLock { state in
             let task = state.shutdown ?? Task { [self] in await close() }
@@ -406,9 +406,16 @@ package final class VolumeManager: Sendable {
                 // Or else the end would wait until that suspend's time has passed.
                 cancelSuspend(name)
                 group.addTask { [self] in
-                    await self.names.run(name) { [self] in
-                        if let mapping = mapping(name) { await close(mapping, name) }
+                    let ending = Task {
+                        await self.names.run(name) { [self] in
+                            if let mapping = mapping(name) { await close(mapping, name) }
+                        }
                     }
+                    // All other devices wait for the next daemon, and it for the end of this one.
+                    guard await !ending.isDone(within: Self.grace + 1) else { return }
+                    logger.warning(
+                        "given up: its store has not answered for \(Self.grace + 1) s, or a command for it goes on",
+                        metadata: ["volume": "\(name)"])
                 }
             }
         }

@@ -165,6 +165,35 @@ def test_a_store_that_stands_still_and_goes_on(seconds):
         assert daemon.json("info", "ram/v")["counters"]["errors"] == 0
 
 
+def test_a_store_that_stands_still_does_not_hold_up_the_end():
+    """Of the daemon, for which the devices of all other volumes would wait; the volume comes back with the next one."""
+    with cluster(io_timeout=60) as (daemon, (store,)):
+        daemon.qbd("create", "disk/other", "-k", "1M").succeeded()
+        daemon.qbd("map", "--export", "disk/other").succeeded()
+        handle = connected(mapped(daemon))
+        handle.pwrite(b"a" * MiB, 0)
+        stand_still(store)
+        written = handle.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"b" * 4096)), 0)
+        wait_for(lambda: daemon.json("info", "ram/v")["counters"]["in_flight"] == 1, "the write is in flight")
+        began = time.monotonic()
+        daemon.process.send_signal(signal.SIGTERM)
+        daemon.wait_exit(20)
+        print(f"ended after {time.monotonic() - began:.1f} s")
+        given_up = [line for line in daemon.log().splitlines() if "given up: its store" in line]
+        assert len(given_up) == 1 and "ram/v" in given_up[0], daemon.log()
+        with pytest.raises(nbd.Error):
+            while not handle.aio_command_completed(written):
+                handle.poll(1000)
+        store.process.send_signal(signal.SIGCONT)
+        daemon.start()
+        wait_for(lambda: len(daemon.json("list")) == 2, "both volumes are back", 20)
+        handle = connected(daemon.uri("ram/v"))
+        assert handle.pread(MiB - 4096, 4096) == b"a" * (MiB - 4096)
+        handle.pwrite(b"c" * 4096, 0)
+        assert handle.pread(4096, 0) == b"c" * 4096
+        handle.shutdown()
+
+
 def test_a_store_that_stands_still_for_long_keeps_its_connection():
     """Longer than conn_timeout, and with more unsent than the sockets hold: were it given up without a reset, the store
     would do what it has of it beside what is sent again."""
