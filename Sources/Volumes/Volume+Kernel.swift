@@ -73,8 +73,18 @@ extension Volume {
     }
 
     /// The end of a connection is no loss from here on: the device is being disconnected.
-    func expectKernelToLeave() async {
+    package func expectKernelToLeave() async {
         _ = await loop.call { [self] in kernel.isDetached = true }
+    }
+
+    /// The device stays after all: what ended meanwhile is a loss, and so is what ends from here on.
+    package func expectKernelToStay() async {
+        _ = await loop.call { [self] in
+            kernel.isDetached = false
+            guard !stopping else { return }
+            if kernel.sessions.isEmpty { notice(.connectionLost) }
+            report(.kernelConnectionLost)
+        }
     }
 
     // MARK: On the loop

@@ -234,13 +234,18 @@ extension VolumeManager {
         // Where nothing waits for an answer, nothing keeps the kernel from letting go.
         if force { await volume?.severKernel() }
         let late = Deadline(seconds: Self.goodbyeTimeout)
-        let remarks = try await BlockingThread.alone {
-            if late.passed { await volume?.severKernel() }
-            return nil
-        } _: { [claim] () throws(BackendError) in
-            try Self.disconnect(attached, claim)
+        do throws(BackendError) {
+            let remarks = try await BlockingThread.alone {
+                if late.passed { await volume?.severKernel() }
+                return nil
+            } _: { [claim] () throws(BackendError) in
+                try Self.disconnect(attached, claim)
+            }
+            for remark in remarks { logger.warning("\(remark)") }
+        } catch {
+            await volume?.expectKernelToStay()
+            throw error
         }
-        for remark in remarks { logger.warning("\(remark)") }
         return warning
     }
 

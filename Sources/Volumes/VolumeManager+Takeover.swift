@@ -166,7 +166,10 @@ extension VolumeManager {
             guard let mapping = mapping(name) else { throw notMapped(name) }
             guard let device = mapping.device else { return }
             await mapping.volume.detachKernel(grace: Self.grace)
-            try await reconnect(device, mapping.volume, mapping.settings)
+            do throws(BackendError) { try await reconnect(device, mapping.volume, mapping.settings) } catch {
+                await mapping.volume.expectKernelToStay()
+                throw error
+            }
             mapping.volume.logger.info("remapped: the device has fresh connections")
         }
     }

@@ -211,6 +211,31 @@ import Volumes
         #expect(lost.withLock { $0 } == 2)
     }
 
+    @Test func aDeviceThatIsNotDisconnectedAfterAllKeepsItsConnections() async throws {
+        let lost = Mutex(0)
+        try await withVolume {
+            if case .kernelConnectionLost = $0 { lost.withLock { $0 += 1 } }
+        } _: { volume, _ in
+            let ends = [try KernelEnd(volume), try KernelEnd(volume)]
+            await waitUntil { await volume.status()?.kernelConnections == 2 }
+            await volume.expectKernelToLeave()
+            ends[0].shutDown()
+            await waitUntil { await volume.status()?.kernelConnections == 1 }
+            #expect(lost.withLock { $0 } == 0)
+            await volume.expectKernelToStay()
+            #expect(lost.withLock { $0 } == 1, "the one that ended meanwhile is to be replaced")
+            ends[1].shutDown()
+            await waitUntil { lost.withLock { $0 } == 2 }
+            let third = try KernelEnd(volume)
+            await waitUntil { await volume.status()?.kernelConnections == 1 }
+            await volume.severKernel()
+            #expect(third.isClosed)
+            #expect(lost.withLock { $0 } == 2)
+            await volume.expectKernelToStay()
+            #expect(lost.withLock { $0 } == 3, "a device without connections is to get some")
+        }
+    }
+
     private func withVolume(
         report: @escaping @Sendable (SessionEvent) -> Void = { _ in },
         _ body: (Volume, HeldBackend) async throws -> Void
