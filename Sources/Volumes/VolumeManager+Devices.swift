@@ -146,7 +146,8 @@ extension VolumeManager {
                 try DeviceNames().makeNodes(device)
                 try QueueSettings(device).setReadOnly(readOnly)
                 if isOpen { try QueueSettings(device).scanPartitions() }
-                remarks += try DeviceNames().make(device, attached.identifier)
+                // Whoever looks at a device reads it.
+                remarks += try DeviceNames().make(device, attached.identifier, asksUdev: isOpen)
             } catch {
                 guard !isNew else { throw BackendError(error) }
                 // Who uses the device needs its connections, not its names.

@@ -13,10 +13,13 @@ package struct DeviceNames: Sendable {
     private let udev: Udev
     /// Seconds udev gets to handle an event.
     private let udevTimeout: Double
+    /// Seconds of it after which the event of a new device is taken for one that came too early.
+    private let udevPatience: Double
 
-    package init(root: String = "", udevTimeout: Double = 10) {
+    package init(root: String = "", udevTimeout: Double = 10, udevPatience: Double = 0.5) {
         self.root = root
         self.udevTimeout = udevTimeout
+        self.udevPatience = min(udevPatience, udevTimeout)
         udev = Udev(root: root)
     }
 
@@ -44,20 +47,36 @@ package struct DeviceNames: Sendable {
 
     /// Makes the names of a device that is connected and whose partitions were scanned. Replaces links of ours that are
     /// left from before.
+    /// - Parameter asksUdev: udev is asked to look again if it does not know the names. Once for a device: it is told to
+    ///   everybody as a change.
     /// - Returns: one line for each thing that is not as it should be, though the names are there.
-    package func make(_ device: KernelDevice, _ identifier: DeviceIdentifier) throws(SystemError) -> [String] {
-        var remarks: [String] = []
+    package func make(
+        _ device: KernelDevice, _ identifier: DeviceIdentifier, asksUdev: Bool = false
+    ) throws(SystemError) -> [String] {
         let links = Self.links(device, identifier)
+        var remarks: [String] = []
         if udev.knowsOurRules {
             let disk = links.filter { !$0.path.hasPrefix("qbd\(identifier.deviceID)p") }.map(\.path)
-            let done = Deadline(seconds: udevTimeout).poll { disk.allSatisfy(udev.links(of: device).contains) }
-            if !done { remarks.append("udev did not name \(device.path) within \(Int(udevTimeout)) s") }
+            remarks = awaitUdev(device, asks: asksUdev) { disk.allSatisfy(udev.links(of: device).contains) }
         }
         try checkOthers(device, identifier)
         try makeNodes(device)
         for link in links { try make(link) }
         for stale in partitionLinks(of: identifier) where !links.contains(where: { $0.path == stale }) { remove(stale) }
         return remarks
+    }
+
+    /// The kernel tells of a new device a moment before it sets the attribute that our rules look at, and not again.
+    private func awaitUdev(_ device: KernelDevice, asks: Bool, _ hasNamed: () -> Bool) -> [String] {
+        let late = Deadline(seconds: udevTimeout)
+        if Deadline(seconds: udevPatience).poll(hasNamed) { return [] }
+        var refusal = ""
+        if asks {
+            do throws(SystemError) { try TextFile.write("change", to: "\(device.folder)/uevent") } catch {
+                refusal = "; it could not be asked to look again: \(error)"
+            }
+        }
+        return late.poll(hasNamed) ? [] : ["udev did not name \(device.path) within \(Int(udevTimeout)) s\(refusal)"]
     }
 
     /// EEXIST when a name is that of a device of another daemon on this host.

@@ -1,3 +1,4 @@
+import EventLoop
 import Glibc
 import NBD
 import Testing
@@ -105,6 +106,40 @@ import Testing
         addUdev(root, links: "S:qbd0\n")
         let remarks = try names.make(device, identifier)
         #expect(remarks.count == 1 && remarks.first?.contains("udev did not name /dev/nbd5") == true)
+        #expect(root.target("/dev/qbd0") == "nbd5")
+    }
+
+    @Test func udevIsAskedToLookAgainWhenItWasTooEarly() throws {
+        let (root, device, _) = try setUp()
+        addUdev(root, links: "")
+        root.write("/sys/block/nbd5/uevent", "")
+        nonisolated(unsafe) let shared = root
+        let udev = try Thread(name: "udev") {
+            let late = Deadline(seconds: 30)
+            while shared.text("/sys/block/nbd5/uevent") != "change", !late.passed { usleep(1000) }
+            shared.write("/run/udev/data/b43:160", "S:qbd0\nS:qbd/rbd/disk\n")
+        }
+        let names = DeviceNames(root: root.path, udevTimeout: 20, udevPatience: 0.01)
+        #expect(try names.make(device, identifier, asksUdev: true) == [])
+        #expect(root.target("/dev/qbd0") == "nbd5")
+        udev.join()
+    }
+
+    @Test func udevIsNotAskedForNothing() throws {
+        let (root, device, names) = try setUp()
+        addUdev(root, links: "S:qbd0\nS:qbd/rbd/disk\n")
+        root.write("/sys/block/nbd5/uevent", "untouched")
+        #expect(try names.make(device, identifier, asksUdev: true) == [])
+        addUdev(root, links: "")
+        #expect(try names.make(device, identifier).count == 1)
+        #expect(root.text("/sys/block/nbd5/uevent") == "untouched")
+    }
+
+    @Test func whyUdevCannotBeAskedIsTold() throws {
+        let (root, device, names) = try setUp()
+        addUdev(root, links: "")
+        let remarks = try names.make(device, identifier, asksUdev: true)
+        #expect(remarks.count == 1 && remarks.first?.contains("/sys/block/nbd5/uevent") == true)
         #expect(root.target("/dev/qbd0") == "nbd5")
     }
 
