@@ -40,6 +40,8 @@ extension VolumeManager {
     private static let settingTimeout = 5.0
     /// Seconds a disconnected device has to become free.
     private static let freeTimeout = 10.0
+    /// Seconds it may take to find out who uses a device.
+    private static let usersTimeout = 10.0
     /// Seconds the kernel has to say goodbye on the connections.
     private static let goodbyeTimeout = 5.0
 
@@ -218,10 +220,8 @@ extension VolumeManager {
             }
             return nil
         }
-        let users = await blocking.run {
-            DeviceUsers(device, names: DeviceNames.paths(device, attached.identifier)).phrases()
-        }
         var warning: String?
+        let users = try await users(of: attached, logger, force: force)
         if !users.isEmpty {
             let text = "\(attached.identifier.volume) is in use: \(users.joined(separator: ", "))"
             guard force else { throw BackendError(code: EBUSY, message: text) }
@@ -248,6 +248,33 @@ extension VolumeManager {
             throw error
         }
         return warning
+    }
+
+    /// Who uses a device, one phrase each. What there is to be looked at is not ours, and some of it may not answer.
+    private func users(
+        of attached: AttachedDevice, _ logger: Logger, force: Bool
+    ) async throws(BackendError) -> [String] {
+        let (device, identifier) = (attached.device, attached.identifier)
+        let late = Deadline(seconds: Self.usersTimeout)
+        do throws(BackendError) {
+            return try await BlockingThread.alone {
+                guard late.passed else { return nil }
+                return BackendError(
+                    code: ETIMEDOUT,
+                    message: "who uses \(device.path) was not found out within \(Int(Self.usersTimeout)) s")
+            } _: { () throws(BackendError) in
+                DeviceUsers(device, names: DeviceNames.paths(device, identifier)).phrases()
+            }
+        } catch {
+            // A process that has it open is no hindrance to a claim: only here it is seen.
+            guard force else {
+                throw BackendError(
+                    code: error.code,
+                    message: "\(identifier.volume) is not unmapped: \(error.message); --force does not ask")
+            }
+            logger.warning("\(error.message)")
+            return []
+        }
     }
 
     /// Makes sure that the kernel holds nothing for a device, and that nobody can begin to use it.

@@ -107,10 +107,11 @@ long qbd_thread_waits(void);
 static inline pid_t qbd_gettid(void) { return gettid(); }
 static inline int qbd_set_timer_slack(unsigned long nanoseconds) { return prctl(PR_SET_TIMERSLACK, nanoseconds, 0, 0, 0); }
 
-// major(3), minor(3) and makedev(3) are function-like macros.
-static inline uint32_t qbd_major(dev_t device) { return major(device); }
-static inline uint32_t qbd_minor(dev_t device) { return minor(device); }
+// makedev(3) is a function-like macro.
 static inline dev_t qbd_makedev(uint32_t major, uint32_t minor) { return makedev(major, minor); }
+
+// A file's type and device number as this host knows them, without asking the server of a network file system.
+int qbd_known_type(const char *path, uint32_t *mode, uint32_t *major, uint32_t *minor);
 
 // Declared for _GNU_SOURCE only, which Swift's Glibc module does not know.
 extern int posix_spawn_file_actions_addchdir_np(posix_spawn_file_actions_t *actions, const char *path);

@@ -102,8 +102,7 @@ package struct DeviceUsers: Sendable {
         return more == 0 ? phrases : phrases + ["open in \(more) more processes"]
     }
 
-    /// Only what stands in some /dev is looked at closer: asking for the status of a file on a network file system
-    /// that does not answer would not come back.
+    /// Only what stands in some /dev is looked at closer.
     private func hasOpen(_ process: String) -> Bool {
         let folder = "\(root)/proc/\(process)/fd"
         return TextFile.list(folder).contains { descriptor in
@@ -112,10 +111,11 @@ package struct DeviceUsers: Sendable {
         }
     }
 
+    /// What it is must be known without asking: a network file system that does not answer would not let this come back.
     private func isOurs(node: String) -> Bool {
-        var status = stat()
-        guard stat(node, &status) == 0, status.st_mode & S_IFMT == S_IFBLK else { return false }
-        return numbers.contains("\(qbd_major(status.st_rdev)):\(qbd_minor(status.st_rdev))")
+        var (mode, major, minor): (UInt32, UInt32, UInt32) = (0, 0, 0)
+        guard qbd_known_type(node, &mode, &major, &minor) == 0, mode & S_IFMT == S_IFBLK else { return false }
+        return numbers.contains("\(major):\(minor)")
     }
 
     /// By number.

@@ -67,6 +67,28 @@ import Testing
             ])
     }
 
+    /// A container has a /dev of its own. Only root can make such a node.
+    @Test(.enabled(if: canMakeNodes)) func aNodeSomewhereElseIsKnownByItsNumber() throws {
+        let root = try FakeRoot()
+        root.device(0)
+        root.folder("/container/dev")
+        for (name, type, minor) in [("disk", S_IFBLK, 0), ("other", S_IFBLK, 32), ("character", S_IFCHR, 0)] {
+            #expect(mknod("\(root.path)/container/dev/\(name)", type | 0o600, dev_t(43 << 8 | minor)) == 0)
+        }
+        for (process, name) in [(700, "disk"), (701, "other"), (702, "character"), (703, "missing")] {
+            root.write("/proc/\(process)/comm", "\(name)\n")
+            root.link("/proc/\(process)/fd/3", "\(root.path)/container/dev/\(name)")
+        }
+        let users = DeviceUsers(KernelDevice(index: 0, root: root.path))
+        #expect(users.phrases() == ["open in process 700 (disk)"])
+    }
+
+    private static var canMakeNodes: Bool {
+        let path = "/tmp/qbd-node-\(getpid())"
+        defer { unlink(path) }
+        return mknod(path, S_IFBLK | 0o600, dev_t(43 << 8)) == 0
+    }
+
     @Test func aFileSystemWithANumberOfItsOwnIsFoundByItsSource() throws {
         let root = try FakeRoot()
         root.device(0)
