@@ -155,7 +155,9 @@ struct Client {
         if command.offset % 512 != 0 || command.length % 512 != 0 { return .invalidField }
         let object = StoreProtocol.objectSize
         if command.offset % object + UInt64(command.length) > object { return .invalidField }
-        if command.snapshot != StoreProtocol.head { return opcode == .write ? .readOnly : .invalidField }
+        if command.snapshot != StoreProtocol.head {
+            return opcode == .write ? .readOnly : StoreStatus(rawValue: 0x4009)
+        }
         let (end, isTooLarge) = command.offset.addingReportingOverflow(UInt64(command.length))
         return isTooLarge || end > Server.size ? .lbaRange : .success
     }

@@ -6,11 +6,8 @@ import Logging
 import PureFlash
 
 /// Answers what PureFlash's conductor is asked, for the pools of one configuration. Its own pools are the catalogue;
-/// the data of a shard is at the store that serves it. May block.
+/// the data of a shard is at the store that serves it. What waits for a disk runs aside.
 actor Conductor {
-    private let executor: ThreadExecutor
-    nonisolated var unownedExecutor: UnownedSerialExecutor { executor.asUnownedSerialExecutor() }
-
     private let node: StoreNode
     private let caller: StoreCaller
     /// By name; a tenant's id is its place in the order of names, from 1.
@@ -25,10 +22,9 @@ actor Conductor {
     private static let maximumBegun = 32
 
     init(
-        executor: ThreadExecutor, node: StoreNode, caller: StoreCaller, pools: [String: StorePool], stores: [String],
+        node: StoreNode, caller: StoreCaller, pools: [String: StorePool], stores: [String],
         faults: Faults?, logger: Logger
     ) {
-        self.executor = executor
         self.node = node
         self.caller = caller
         self.pools = pools
@@ -64,7 +60,7 @@ actor Conductor {
         case "create_volume": return StoreJSON.encode(try await create(query))
         case "delete_volume": try await delete(query)
         case "update_volume": try await update(query)
-        case "list_volume": return StoreJSON.encode(try list(query))
+        case "list_volume": return StoreJSON.encode(try await list(query))
         case "create_snapshot": try await createSnapshot(query)
         case "create_tenant", "delete_tenant": try changeTenant(query)
         case "list_tenant":
@@ -74,8 +70,8 @@ actor Conductor {
             return StoreJSON.encode(
                 ListStoreAnswer(
                     stores: stores.enumerated().map { .init(id: $0 + 1, mngtIp: $1, status: "OK") }))
-        case "list_disk": return StoreJSON.encode(ListDiskAnswer(disks: try disks()))
-        case "handle_error": return StoreJSON.encode(try handleError(query))
+        case "list_disk": return StoreJSON.encode(ListDiskAnswer(disks: try await disks()))
+        case "handle_error": return StoreJSON.encode(try await handleError(query))
         case "": throw RefusedRequest(.failed, "the request names no operation; write /s5c/?op=OPERATION")
         default: throw RefusedRequest(.failed, "the conductor of qbd-store has no operation '\(query.operation)'")
         }
@@ -116,17 +112,23 @@ actor Conductor {
         return value
     }
 
-    private func found(
-        _ pool: StorePool, _ volume: String
-    ) throws(RefusedRequest) -> (record: VolumeRecord, entry: StorePool.Entry) {
-        do throws(BackendError) {
-            let record = try pool.record(volume)
-            return (record, try pool.entry(record))
-        } catch { throw RefusedRequest(error) }
+    private func aside<Value: Sendable>(
+        _ work: @escaping @Sendable () throws(BackendError) -> Value
+    ) async throws(RefusedRequest) -> Value {
+        do throws(BackendError) { return try await Aside.run(work) } catch { throw RefusedRequest(error) }
     }
 
-    private func keep(_ entry: StorePool.Entry, _ pool: StorePool, _ volume: String) throws(RefusedRequest) {
-        do throws(BackendError) { try pool.keep(entry, of: volume) } catch { throw RefusedRequest(error) }
+    private func found(
+        _ pool: StorePool, _ volume: String
+    ) async throws(RefusedRequest) -> (record: VolumeRecord, entry: StorePool.Entry) {
+        try await aside { () throws(BackendError) in
+            let record = try pool.record(volume)
+            return (record, try pool.entry(record))
+        }
+    }
+
+    private func keep(_ entry: StorePool.Entry, _ pool: StorePool, _ volume: String) async throws(RefusedRequest) {
+        try await aside { () throws(BackendError) in try pool.keep(entry, of: volume) }
     }
 
     // MARK: Orders for stores
@@ -207,7 +209,7 @@ actor Conductor {
         faults?.count(.opens)
         let pool = try pool(query)
         let name = try volumeName(query)
-        let (record, entry) = try found(pool, name)
+        let (record, entry) = try await found(pool, name)
         var order = order("prepare_volume", pool, name, size: record.size, entry)
         var size = record.size
         var number: Int64 = -1
@@ -253,33 +255,32 @@ actor Conductor {
             throw RefusedRequest(.invalidArgument, "rep_cnt is \(copies), and qbd-store keeps one copy of a volume")
         }
         _ = try await withdraw(pool, name)
-        let record: VolumeRecord
-        do throws(BackendError) {
-            record = try pool.volumes.create(volume: name, size: size, blockSize: StoreProtocol.sector)
-        } catch { throw RefusedRequest(error) }
+        let record = try await aside { () throws(BackendError) in
+            try pool.volumes.create(volume: name, size: size, blockSize: StoreProtocol.sector)
+        }
         var created: [String] = []
         var suspects: [String] = []
         do throws(RefusedRequest) {
-            do throws(BackendError) {
+            // All of them, for when it grows.
+            let stores = stores
+            let entry = try await aside { () throws(BackendError) in
                 var entry = try pool.entry(record)
-                // All of them, for when it grows.
                 entry.stores = stores
                 try pool.keep(entry, of: name)
-                let order = order("create_volume", pool, name, size: size, entry)
-                for store in Set(entry.stores) where store != node.address {
-                    switch await send(order, to: store) {
-                    case .done: created.append(store)
-                    case .refused(let refusal): throw BackendError(code: EREMOTEIO, message: refusal.reason)
-                    case .unreachable(let why):
-                        if why.mayObey { suspects.append(store) }
-                        throw BackendError(code: EREMOTEIO, message: why.description)
-                    }
-                }
-                logger.info("created \(pool.name)/\(name), \(size) bytes")
-                return CreateVolumeAnswer(id: entry.id, name: name, size: size)
-            } catch {
-                throw RefusedRequest(error.code == EREMOTEIO ? .remote : RefusedRequest(error).code, error.message)
+                return entry
             }
+            let order = order("create_volume", pool, name, size: size, entry)
+            for store in Set(entry.stores) where store != node.address {
+                switch await send(order, to: store) {
+                case .done: created.append(store)
+                case .refused(let refusal): throw RefusedRequest(.remote, refusal.reason)
+                case .unreachable(let why):
+                    if why.mayObey { suspects.append(store) }
+                    throw RefusedRequest(.remote, why.description)
+                }
+            }
+            logger.info("created \(pool.name)/\(name), \(size) bytes")
+            return CreateVolumeAnswer(id: entry.id, name: name, size: size)
         } catch {
             await undoCreate(pool, name, record, created, suspects)
             throw error
@@ -290,8 +291,8 @@ actor Conductor {
     private func undoCreate(
         _ pool: StorePool, _ name: String, _ record: VolumeRecord, _ created: [String], _ suspects: [String]
     ) async {
-        do throws(BackendError) {
-            var entry = try pool.entry(record)
+        do throws(RefusedRequest) {
+            var entry = try await aside { () throws(BackendError) in try pool.entry(record) }
             entry.suspects = suspects
             for (store, outcome) in await send(
                 order("delete_volume", pool, name, size: record.size, entry), toEach: created)
@@ -300,12 +301,15 @@ actor Conductor {
                 entry.suspects.append(store)
             }
             if !entry.suspects.isEmpty {
-                try pool.keep(entry, of: name)
+                try await keep(entry, pool, name)
                 let stores = entry.suspects.joined(separator: ", ")
                 logger.warning("\(pool.name)/\(name) may be left over at \(stores) until created or deleted again")
             }
-            try pool.volumes.delete(volume: name, snapshots: false)
-            if entry.suspects.isEmpty { try pool.forget(name) }
+            let hasSuspects = !entry.suspects.isEmpty
+            try await aside { () throws(BackendError) in
+                try pool.volumes.delete(volume: name, snapshots: false)
+                if !hasSuspects { try pool.forget(name) }
+            }
         } catch {
             logger.warning("\(pool.name)/\(name) is left over: \(error)")
         }
@@ -314,12 +318,10 @@ actor Conductor {
     /// Has stores delete what they may have of a volume whose creation failed.
     /// - Returns: whether there was such a volume.
     private func withdraw(_ pool: StorePool, _ name: String) async throws(RefusedRequest) -> Bool {
-        let found: StorePool.Entry?
-        do throws(BackendError) { found = try pool.leftover(name) } catch { throw RefusedRequest(error) }
-        guard let found else { return false }
+        guard let found = try await aside({ () throws(BackendError) in try pool.leftover(name) }) else { return false }
         let order = order("withdraw_volume", pool, name, size: UInt64(StoreProtocol.sector), found)
         try await require(order, of: found.suspects)
-        do throws(BackendError) { try pool.forget(name) } catch { throw RefusedRequest(error) }
+        try await aside { () throws(BackendError) in try pool.forget(name) }
         return true
     }
 
@@ -327,20 +329,20 @@ actor Conductor {
         let pool = try pool(query)
         let name = try volumeName(query)
         if try await withdraw(pool, name) { return }
-        let (record, entry) = try found(pool, name)
+        let (record, entry) = try await found(pool, name)
         // Nothing goes before it is known that nobody uses it anywhere.
         try await require(order("release_volume", pool, name, size: record.size, entry), of: entry.stores)
         let others = entry.stores.filter { $0 != node.address }
         try await require(order("delete_volume", pool, name, size: record.size, entry), of: others)
         try await require(order("delete_volume", pool, name, size: record.size, entry), of: [node.address])
-        do throws(BackendError) { try pool.forget(name) } catch { throw RefusedRequest(error) }
+        try await aside { () throws(BackendError) in try pool.forget(name) }
         logger.info("deleted \(pool.name)/\(name)")
     }
 
     private func update(_ query: HTTPQuery) async throws(RefusedRequest) {
         let pool = try pool(query)
         let name = try volumeName(query)
-        let (record, entry) = try found(pool, name)
+        let (record, entry) = try await found(pool, name)
         if let new = query.parameters["new_volume_name"], !new.isEmpty, new != name {
             throw RefusedRequest(.invalidArgument, "qbd-store does not rename volumes")
         }
@@ -372,7 +374,7 @@ actor Conductor {
         do throws(ConfigurationError) { try VolumeName.validate(component: wanted, as: "snapshot_name") } catch {
             throw RefusedRequest(.invalidArgument, "\(error)")
         }
-        let (record, known) = try found(pool, name)
+        let (record, known) = try await found(pool, name)
         var entry = known
         guard !entry.snapshots.contains(where: { $0.name == wanted }) else {
             throw RefusedRequest(.alreadyDone, "\(pool.name)/\(name)@\(wanted) exists already")
@@ -389,29 +391,30 @@ actor Conductor {
         // Known before the store knows it: one that is made and not noted here could be neither opened nor made again.
         if order.replaces == false {
             entry.begun = entry.begun.suffix(Self.maximumBegun - 1) + [wanted]
-            try keep(entry, pool, name)
+            try await keep(entry, pool, name)
         }
         do throws(RefusedRequest) { try await require(order, of: Array(holders)) } catch {
             if error.code == .alreadyDone, order.replaces == false {
                 // Somebody else's, which no later try is to replace.
                 entry.begun.removeAll { $0 == wanted }
-                try keep(entry, pool, name)
+                try await keep(entry, pool, name)
             }
             throw error
         }
         entry.begun.removeAll { $0 == wanted }
         entry.snapshots.append(.init(name: wanted, number: entry.nextSnapshot, size: record.size))
         entry.nextSnapshot += 1
-        try keep(entry, pool, name)
+        try await keep(entry, pool, name)
         logger.info("made the snapshot \(pool.name)/\(name)@\(wanted)")
     }
 
-    private func list(_ query: HTTPQuery) throws(RefusedRequest) -> ListVolumeAnswer {
+    private func list(_ query: HTTPQuery) async throws(RefusedRequest) -> ListVolumeAnswer {
         let pool = try pool(query)
         let limit = try number("limit", query).map { Int(clamping: $0) } ?? .max
         let only = query.parameters["name"] ?? ""
         let tenant = (pools.keys.sorted().firstIndex(of: pool.name) ?? 0) + 1
-        do throws(BackendError) {
+        let node = node
+        return try await aside { () throws(BackendError) in
             var volumes: [ListVolumeAnswer.Volume] = []
             for record in try pool.volumes.list() where only.isEmpty || record.volume == only {
                 guard volumes.count < limit else { break }
@@ -420,11 +423,11 @@ actor Conductor {
                     .init(
                         id: entry.id, name: record.volume, size: record.size, tenantId: tenant,
                         exposed: node.volume(entry.id)?.name == "\(pool.name)/\(record.volume)" ? 1 : 0,
-                        shardSize: StoreProtocol.shardSize,
-                        metaVer: entry.metaVersion, snapSeq: Int64(entry.nextSnapshot)))
+                        shardSize: StoreProtocol.shardSize, metaVer: entry.metaVersion,
+                        snapSeq: Int64(entry.nextSnapshot)))
             }
             return ListVolumeAnswer(volumes: volumes)
-        } catch { throw RefusedRequest(error) }
+        }
     }
 
     // MARK: The rest
@@ -440,15 +443,19 @@ actor Conductor {
                 + " again")
     }
 
-    private func disks() throws(RefusedRequest) -> [ListDiskAnswer.Disk] {
+    private func disks() async throws(RefusedRequest) -> [ListDiskAnswer.Disk] {
+        let paths = pools.sorted(by: { $0.key < $1.key }).compactMap(\.value.path)
+        return try await aside { () throws(BackendError) in try Self.disks(paths) }
+    }
+
+    private static func disks(_ paths: [String]) throws(BackendError) -> [ListDiskAnswer.Disk] {
         var disks: [ListDiskAnswer.Disk] = []
-        for (_, pool) in pools.sorted(by: { $0.key < $1.key }) {
-            guard let path = pool.path else { continue }
+        for path in paths {
             var status = statvfs()
             guard statvfs(path, &status) == 0 else {
                 // Made with the first volume.
                 if errno == ENOENT { continue }
-                throw RefusedRequest(.failed, "\(path): \(errnoText(errno))")
+                throw BackendError(code: errno, message: "\(path): \(errnoText(errno))")
             }
             let unit = UInt64(status.f_frsize)
             disks.append(
@@ -459,29 +466,30 @@ actor Conductor {
         return disks
     }
 
-    private func handleError(_ query: HTTPQuery) throws(RefusedRequest) -> HandleErrorAnswer {
+    private func handleError(_ query: HTTPQuery) async throws(RefusedRequest) -> HandleErrorAnswer {
         guard let replica = try number("rep_id", query) else {
             throw RefusedRequest(.invalidArgument, "rep_id is missing")
         }
         let id = replica & ~(StoreProtocol.volumeIDUnit - 1)
-        do throws(BackendError) {
+        let pools = pools
+        return try await aside { () throws(BackendError) in
             for pool in pools.values {
                 for record in try pool.volumes.list() {
                     let entry = try pool.entry(record)
                     if entry.id == id { return HandleErrorAnswer(metaVer: entry.metaVersion) }
                 }
             }
-        } catch { throw RefusedRequest(error) }
-        throw RefusedRequest(.invalidArgument, "no volume has the replica \(replica)")
+            throw BackendError(code: EINVAL, message: "no volume has the replica \(replica)")
+        }
     }
 
     /// Changes the version of a volume's layout, so that every client's view of it is stale. For a fault switch.
     func makeStale(tenant: String, volume: String) async throws(RefusedRequest) {
         let pool = try pool(HTTPQuery(isPost: false, uri: "/?tenant_name=\(tenant)", body: []))
-        let (record, known) = try found(pool, volume)
+        let (record, known) = try await found(pool, volume)
         var entry = known
         entry.metaVersion &+= 1
-        try keep(entry, pool, volume)
+        try await keep(entry, pool, volume)
         try await require(order("set_meta_ver", pool, volume, size: record.size, entry), of: entry.stores)
     }
 }

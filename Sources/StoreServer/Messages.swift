@@ -136,7 +136,7 @@ struct CreateVolumeAnswer: Encodable {
     var retCode = 0
 }
 
-struct ListVolumeAnswer: Encodable {
+struct ListVolumeAnswer: Encodable, Sendable {
     struct Volume: Encodable {
         var id: UInt64
         var name: String
@@ -197,7 +197,7 @@ struct ListDiskAnswer: Encodable {
     var retCode = 0
 }
 
-struct HandleErrorAnswer: Encodable {
+struct HandleErrorAnswer: Encodable, Sendable {
     var metaVer: UInt16
     /// REOPEN.
     var actionCode = 0x4000

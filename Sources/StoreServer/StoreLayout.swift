@@ -31,7 +31,8 @@ package struct StoreLayout: Sendable, Equatable {
         var size = size
         if command.snapshot != StoreProtocol.head {
             if isWrite { return .readOnly }
-            guard let snapshot = sizeOfSnapshot(command.snapshot) else { return .invalidField }
+            // It was, before the store was started or for another client, and is there when it is opened again.
+            guard let snapshot = sizeOfSnapshot(command.snapshot) else { return StoreStatus.invalidState.withReopen }
             size = snapshot
         }
         // The length is small, and an offset near the largest number is unaligned or crosses its object.

@@ -6,11 +6,8 @@ import Logging
 import PureFlash
 import Synchronization
 
-/// A store: opens the volumes it is told to, and serves them on its data port. May block.
+/// A store: opens the volumes it is told to, and serves them on its data port. What waits for a disk runs aside.
 actor StoreNode {
-    private let executor: ThreadExecutor
-    nonisolated var unownedExecutor: UnownedSerialExecutor { executor.asUnownedSerialExecutor() }
-
     /// Its own address, as in `store_ips`.
     nonisolated let address: String
     private let pools: [String: StorePool]
@@ -22,10 +19,9 @@ actor StoreNode {
     private var turns = Turns()
 
     init(
-        executor: ThreadExecutor, address: String, pools: [String: StorePool], durable: Bool, faults: Faults?,
+        address: String, pools: [String: StorePool], durable: Bool, faults: Faults?,
         logger: Logger
     ) {
-        self.executor = executor
         self.address = address
         self.pools = pools
         self.durable = durable
@@ -86,15 +82,19 @@ actor StoreNode {
                 try await prepare(order, pool)
                 if let snapshot = order.snapshotName { try await prepare(snapshot, order, pool) }
             case "create_snapshot": try await createSnapshot(order, pool)
-            case "create_volume": try create(order, pool)
+            case "create_volume":
+                try await Aside.run { () throws(BackendError) in try Self.create(order, pool) }
+                logger.info("created \(Self.name(order, pool)), \(order.volumeSize) bytes")
             case "withdraw_volume":
-                guard try isMade(for: order, pool) else { break }
+                guard try await Aside.run({ () throws(BackendError) in try Self.isMade(for: order, pool) }) else {
+                    break
+                }
                 try await release(order, pool)
-                try delete(order, pool)
+                try await Aside.run { () throws(BackendError) in try Self.delete(order, pool) }
             case "release_volume": try await release(order, pool)
             case "delete_volume":
                 try await release(order, pool)
-                try delete(order, pool)
+                try await Aside.run { () throws(BackendError) in try Self.delete(order, pool) }
             case "resize_volume": try await resize(order, pool)
             case "set_meta_ver": await served(order, pool)?.setMetaVersion(order.metaVer)
             default: throw BackendError(code: EINVAL, message: "a store has no operation \(order.op)")
@@ -138,7 +138,9 @@ actor StoreNode {
             return await volume.update(layout(order))
         }
         if let other = volume(order.volumeId) { throw clash(order, pool, other) }
-        let opened = try pool.volumes.open(volume: order.volumeName, readOnly: false)
+        let opened = try await Aside.run { () throws(BackendError) in
+            try pool.volumes.open(volume: order.volumeName, readOnly: false)
+        }
         let volume: StoreVolume
         do throws(BackendError) {
             try check(opened, has: order.volumeSize, pool)
@@ -146,7 +148,7 @@ actor StoreNode {
                 name: Self.name(order, pool), opened: opened, layout: layout(order), durable: durable,
                 faults: faults, logger: logger)
         } catch {
-            opened.close()
+            await Aside.always { opened.close() }
             throw error
         }
         let other = prepared.withLock { prepared in
@@ -187,9 +189,11 @@ actor StoreNode {
         guard let volume = served(order, pool), let number = UInt32(exactly: order.snapSeq),
             await !volume.hasSnapshot(number)
         else { return }
-        let opened = try pool.volumes.open(volume: "\(order.volumeName)@\(snapshot)", readOnly: true)
+        let opened = try await Aside.run { () throws(BackendError) in
+            try pool.volumes.open(volume: "\(order.volumeName)@\(snapshot)", readOnly: true)
+        }
         do throws(BackendError) { try await volume.add(opened, number: number) } catch {
-            opened.close()
+            await Aside.always { opened.close() }
             throw error
         }
     }
@@ -201,14 +205,20 @@ actor StoreNode {
                 message: "the volumes of tenant \(pool.name) have no snapshots; those of pools of type local do")
         }
         // It may be of any moment since it was begun, and the client wants this one.
-        if order.replaces == true,
-            try snapshots.snapshots(volume: order.volumeName).contains(where: { $0.name == name })
-        {
-            logger.info("\(Self.name(order, pool))@\(name) was begun before and is made anew")
-            try snapshots.deleteSnapshot(volume: order.volumeName, snapshot: name)
+        if order.replaces == true {
+            let replaced = try await Aside.run { () throws(BackendError) in
+                guard try snapshots.snapshots(volume: order.volumeName).contains(where: { $0.name == name }) else {
+                    return false
+                }
+                try snapshots.deleteSnapshot(volume: order.volumeName, snapshot: name)
+                return true
+            }
+            if replaced { logger.info("\(Self.name(order, pool))@\(name) was begun before and is made anew") }
         }
         guard let volume = served(order, pool) else {
-            _ = try snapshots.createSnapshot(volume: order.volumeName, snapshot: name)
+            _ = try await Aside.run { () throws(BackendError) in
+                try snapshots.createSnapshot(volume: order.volumeName, snapshot: name)
+            }
             return
         }
         try await volume.makeSnapshot(name)
@@ -228,14 +238,13 @@ actor StoreNode {
     }
 
     /// For a conductor elsewhere, which keeps the catalogue.
-    private func create(_ order: VolumeOrder, _ pool: StorePool) throws(BackendError) {
+    private static func create(_ order: VolumeOrder, _ pool: StorePool) throws(BackendError) {
         let record = try pool.volumes.create(
             volume: order.volumeName, size: order.volumeSize, blockSize: StoreProtocol.sector)
         do throws(BackendError) {
             var entry = try pool.entry(record)
             entry.origin = order.volumeId
             try pool.keep(entry, of: order.volumeName)
-            logger.info("created \(Self.name(order, pool)), \(order.volumeSize) bytes")
         } catch {
             try delete(order, pool)
             throw error
@@ -243,12 +252,12 @@ actor StoreNode {
     }
 
     /// Whether there is a volume that `create` has made for an order with this id, and no other one of its name.
-    private func isMade(for order: VolumeOrder, _ pool: StorePool) throws(BackendError) -> Bool {
+    private static func isMade(for order: VolumeOrder, _ pool: StorePool) throws(BackendError) -> Bool {
         guard let record = try pool.volumes.list().first(where: { $0.volume == order.volumeName }) else { return false }
         return try pool.entry(record).origin == order.volumeId
     }
 
-    private func delete(_ order: VolumeOrder, _ pool: StorePool) throws(BackendError) {
+    private static func delete(_ order: VolumeOrder, _ pool: StorePool) throws(BackendError) {
         do throws(BackendError) { try pool.volumes.delete(volume: order.volumeName, snapshots: true) } catch {
             // An earlier try came as far as this.
             guard error.code == ENOENT else { throw error }
@@ -258,12 +267,16 @@ actor StoreNode {
 
     private func resize(_ order: VolumeOrder, _ pool: StorePool) async throws(BackendError) {
         guard let volume = served(order, pool) else {
-            if try pool.record(order.volumeName).size < order.volumeSize {
-                _ = try pool.volumes.grow(volume: order.volumeName, to: order.volumeSize)
+            return try await Aside.run { () throws(BackendError) in
+                if try pool.record(order.volumeName).size < order.volumeSize {
+                    _ = try pool.volumes.grow(volume: order.volumeName, to: order.volumeSize)
+                }
             }
-            return
         }
-        if volume.opened.record.size < order.volumeSize { _ = try volume.opened.grow(to: order.volumeSize) }
+        let opened = volume.opened
+        if opened.record.size < order.volumeSize {
+            _ = try await Aside.run { () throws(BackendError) in try opened.grow(to: order.volumeSize) }
+        }
         await volume.update(layout(order))
     }
 }

@@ -99,8 +99,12 @@ final class StorePool: Sendable {
 
     private func read(_ volume: String, in path: String) throws(BackendError) -> Entry? {
         let directory = try Directory(path: path)
-        guard directory.exists(Self.file(volume)) else { return nil }
-        return try parse(try directory.read(Self.file(volume)), "\(path)/\(Self.file(volume))")
+        let bytes: [UInt8]
+        do throws(BackendError) { bytes = try directory.read(Self.file(volume)) } catch {
+            guard error.code == ENOENT else { throw error }
+            return nil
+        }
+        return try parse(bytes, "\(path)/\(Self.file(volume))")
     }
 
     func keep(_ entry: Entry, of volume: String) throws(BackendError) {

@@ -54,9 +54,8 @@ package final class StoreServer: Sendable {
         let pools = Dictionary(
             uniqueKeysWithValues: settings.pools.map { ($0.name, StorePool($0, own: settings.address)) })
         do throws(SystemError) {
-            let executor = try ThreadExecutor(name: "store:blocking")
             let node = StoreNode(
-                executor: executor, address: settings.address, pools: pools, durable: settings.durable, faults: faults,
+                address: settings.address, pools: pools, durable: settings.durable, faults: faults,
                 logger: logger)
             self.node = node
             listener = try DataListener(
@@ -64,7 +63,7 @@ package final class StoreServer: Sendable {
                 volume: { node.volume($0) })
             group = MultiThreadedEventLoopGroup(numberOfThreads: 1)
             let conductor = Conductor(
-                executor: executor, node: node, caller: StoreCaller(group: group, port: Int(settings.storePort)),
+                node: node, caller: StoreCaller(group: group, port: Int(settings.storePort)),
                 pools: pools, stores: settings.stores, faults: faults, logger: logger)
             try await listener.start()
             let control = FaultControl(faults: faults, node: node, conductor: conductor)

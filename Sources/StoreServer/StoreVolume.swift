@@ -11,6 +11,8 @@ import Synchronization
 final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
     /// Connections at a time. One more gets a good handshake and is closed.
     static let maximumSessions = 64
+    /// Nanoseconds after which a snapshot that nobody reads is closed, with and without a client of the volume.
+    private static let snapshotTime = (UInt64(60_000_000_000), UInt64(5_000_000_000))
 
     let name: String
     /// Another one after a snapshot was made.
@@ -48,14 +50,28 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
     private var lastDelayed: UnsafeMutablePointer<StoreSlot>?
     private var delay: LoopTimer?
     private var quiet: LoopTimer?
+    /// Runs while there are open snapshots.
+    private var snapshotTimer: LoopTimer?
+    /// Closes the files of those that were dropped.
+    private var closing: Task<Void, Never>?
     private var begun: UInt64 = 0
     private var begunAtTimer: UInt64 = 0
     private var stopping = false
     private var stopped: (@Sendable () -> Void)?
 
-    private struct Snapshot {
-        var opened: any OpenVolume
-        var backend: any Backend
+    private final class Snapshot {
+        let opened: any OpenVolume
+        let backend: any Backend
+        /// I/O begun and not completed.
+        var atBackend = 0
+        /// When it was opened or read: nanoseconds of the loop's `now`.
+        var lastUse: UInt64
+
+        init(_ opened: any OpenVolume, _ backend: any Backend, now: UInt64) {
+            self.opened = opened
+            self.backend = backend
+            lastUse = now
+        }
     }
 
     private struct Newcomer {
@@ -102,6 +118,7 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
         do { try startBackend(opened) } catch { return error }
         quiet = LoopTimer(loop: loop) { [unowned self] in quietPassed() }
         delay = LoopTimer(loop: loop) { [unowned self] in runDelayed() }
+        snapshotTimer = LoopTimer(loop: loop) { [unowned self] in closeUnreadSnapshots() }
         loop.observe(self)
         return nil
     }
@@ -167,15 +184,20 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
             if !accepted { continuation.resume() }
         }
         loop.stop()
-        // The loop has ended: what was its own is this thread's.
-        for snapshot in snapshots.values { snapshot.opened.close() }
-        opened.close()
+        // The loop has ended: what was its own is whose this is.
+        await closing?.value
+        let files = snapshots.values.map(\.opened) + [opened]
+        await Aside.always { for opened in files { opened.close() } }
     }
 
     // MARK: Snapshots
 
+    /// Whether a snapshot can be read; it stays so for some seconds.
     func hasSnapshot(_ number: UInt32) async -> Bool {
-        await loop.call { [self] in snapshots[number] != nil } ?? false
+        await loop.call { [self] in
+            snapshots[number]?.lastUse = loop.now
+            return snapshots[number] != nil
+        } ?? false
     }
 
     /// Lets a snapshot be read. On an error it is still the caller's.
@@ -183,7 +205,8 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
         let failure = await loop.call { [self] () -> BackendError? in
             do throws(BackendError) {
                 let backend = try snapshot.start(on: loop, buffers: buffers, client: self)
-                snapshots[number] = Snapshot(opened: snapshot, backend: backend)
+                snapshots[number] = Snapshot(snapshot, backend, now: loop.now)
+                if snapshotTimer?.isArmed == false { snapshotTimer?.arm(after: Self.snapshotTime.1) }
                 putLast()
                 return nil
             } catch { return error }
@@ -191,11 +214,29 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
         if let failure = failure ?? nil { throw failure }
     }
 
-    /// Makes a snapshot of all that was acknowledged; commands wait meanwhile. Blocks.
+    /// Each holds a descriptor for every layer below it. Who reads it again is told to open it again.
+    private func closeUnreadSnapshots() {
+        let isConnected = !newcomers.isEmpty || sessions.contains { !$0.closed }
+        let limit = isConnected ? Self.snapshotTime.0 : Self.snapshotTime.1
+        for (number, snapshot) in snapshots
+        where snapshot.atBackend == 0 && loop.now &- snapshot.lastUse >= limit {
+            snapshots[number] = nil
+            snapshot.backend.close()
+            let opened = snapshot.opened
+            closing = Task { [closing] in
+                await closing?.value
+                await Aside.always { opened.close() }
+            }
+            logger.debug("closed snapshot \(number) of \(name), which nobody reads")
+        }
+        if !snapshots.isEmpty { snapshotTimer?.arm(after: Self.snapshotTime.1) }
+    }
+
+    /// Makes a snapshot of all that was acknowledged; commands wait meanwhile.
     func makeSnapshot(_ name: String) async throws(BackendError) {
         let old = opened
         // While I/O still runs, so that less is left for the pause.
-        try old.settle()
+        try await Aside.run { () throws(BackendError) in try old.settle() }
         await withCheckedContinuation { continuation in
             let accepted = loop.post { [self] in
                 isHeld = true
@@ -210,7 +251,9 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
         }
         var failure: BackendError?
         var next = old
-        do throws(BackendError) { next = try old.reopen(after: .snapshot(name)) } catch { failure = error }
+        do throws(BackendError) {
+            next = try await Aside.run { () throws(BackendError) in try old.reopen(after: .snapshot(name)) }
+        } catch { failure = error }
         let now = next
         let notStarted = await loop.call { [self] () -> BackendError? in
             defer {
@@ -225,7 +268,7 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
         }
         if now !== old {
             currentlyOpened.withLock { $0 = now }
-            old.close()
+            await Aside.always { old.close() }
         }
         if let error = failure ?? notStarted ?? nil { throw error }
     }
@@ -335,6 +378,7 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
     private func finishStop() {
         quiet?.cancel()
         delay?.cancel()
+        snapshotTimer?.cancel()
         backend?.close()
         backend = nil
         for snapshot in snapshots.values { snapshot.backend.close() }
@@ -372,8 +416,9 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
         slot.pointee.io.durable = durable
         let snapshot = slot.pointee.command.snapshot
         guard snapshot == StoreProtocol.head else {
-            guard let backend = snapshots[snapshot]?.backend else { return answer(slot, .ioError) }
-            return submit(slot, to: backend, boundary: backend.geometry.transferBoundary)
+            guard let found = snapshots[snapshot] else { return answer(slot, .ioError) }
+            found.lastUse = loop.now
+            return submit(slot, to: found.backend, boundary: found.backend.geometry.transferBoundary)
         }
         guard let backend else { return answer(slot, .ioError) }
         submit(slot, to: backend, boundary: boundary)
@@ -385,8 +430,15 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
         guard boundary == 0 || command.offset & (boundary &- 1) &+ UInt64(command.length) <= boundary else {
             return submitParts(slot, to: backend, boundary: boundary)
         }
-        atBackend &+= 1
+        tally(slot, 1)
         backend.submit(withUnsafeMutablePointer(to: &slot.pointee.io) { $0 })
+    }
+
+    @inline(__always)
+    private func tally(_ slot: UnsafeMutablePointer<StoreSlot>, _ change: Int) {
+        atBackend &+= change
+        guard slot.pointee.command.snapshot != StoreProtocol.head else { return }
+        snapshots[slot.pointee.command.snapshot]?.atBackend &+= change
     }
 
     /// One after the other, none of which crosses the boundary. The data of a read is put together in a buffer of the
@@ -404,7 +456,7 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
         let count = (end &- 1) / boundary &- whole.offset / boundary &+ 1
         guard let number = UInt8(exactly: count) else { return answer(slot, .ioError) }
         slot.pointee.parts = number
-        atBackend &+= Int(count)
+        tally(slot, Int(count))
         var offset = whole.offset
         while offset < end {
             let length = min(boundary &- offset & (boundary &- 1), end &- offset)
@@ -447,7 +499,7 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
 
     func completed(_ io: UnsafeMutablePointer<IO>) {
         let slot = io.pointee.request.assumingMemoryBound(to: StoreSlot.self)
-        atBackend &-= 1
+        tally(slot, -1)
         if idle != nil, atBackend == 0 { becomeIdle() }
         if slot.pointee.parts > 0, !partCompleted(io, slot) { return }
         guard slot.pointee.io.status == 0 else { return failed(slot) }

@@ -276,6 +276,15 @@ def test_snapshots_of_a_cluster():
         handle.shutdown()
         daemon.qbd("map", "--export", "disk/v@none").failed(2, "none")
 
+        # The store was started again, and another client was the first to open the volume.
+        snapshot = connected(daemon.uri("disk/v@first"))
+        assert snapshot.pread(MiB, 63 * MiB + 512 * KiB) == b"a" * MiB
+        store.kill()
+        store.start()
+        store.open("disk", "v")
+        assert snapshot.pread(MiB, 63 * MiB + 512 * KiB) == b"a" * MiB
+        snapshot.shutdown()
+
         # What a conductor cannot do.
         for words in (["list", "disk/v"], ["delete", "disk/v@first"]):
             daemon.qbd("snapshot", *words).failed(95, "a PureFlash conductor has no operation to", "disk/v")

@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from harness import KiB, MiB, connections, keepalive, run, wait_for
+from harness import SANITIZER, KiB, MiB, connections, keepalive, run, wait_for
 from pureflash import (
     COMMAND, HANDSHAKE, HEAD, INVALID_FIELD, INVALID_OPCODE, INVALID_STATE, LBA_RANGE, MAXIMUM, NOT_PRIMARY, OBJECT,
     READ, READONLY, REOPEN, REPLY, SHARD, STORE, SUCCESS, WRITE, Connection, Store, addresses, command,
@@ -194,7 +194,7 @@ def test_another_volume_in_a_command(store):
 def test_snapshot_numbers(store):
     with store.opened() as client:
         assert client.status(WRITE, 0, 512, bytes(512), snapshot=1) == READONLY
-        assert client.status(READ, 0, 512, snapshot=7) == INVALID_FIELD
+        assert client.status(READ, 0, 512, snapshot=7) == REOPEN | INVALID_STATE
         assert client.read(0, 512, snapshot=HEAD) == bytes(512)
 
 
@@ -458,13 +458,13 @@ def test_snapshots(store):
             assert client.status(WRITE, 0, 512, bytes(512), snapshot=snapshot) == READONLY
             assert client.status(READ, 1 << 30, 512, snapshot=snapshot) == LBA_RANGE
         assert client.read(0, 65536) == b"3" * 512 + b"2" * 3584 + b"1" * 61440
-        assert client.status(READ, 0, 512, snapshot=3) == INVALID_FIELD
+        assert client.status(READ, 0, 512, snapshot=3) == REOPEN | INVALID_STATE
     store.stop()
     store.start()
     store.ok("open_volume", tenant_name="disk", volume_name="a", snapshot_name="second")
     with store.connect(client.volume_id) as client:
         assert client.read(0, 4096, snapshot=2) == b"2" * 4096
-        assert client.status(READ, 0, 512, snapshot=1) == INVALID_FIELD, "only what was opened is there"
+        assert client.status(READ, 0, 512, snapshot=1) == REOPEN | INVALID_STATE, "only what was opened is there"
 
 
 def test_a_snapshot_under_writes_is_of_one_moment(store):
@@ -512,6 +512,86 @@ def test_snapshots_that_are_refused(store):
     store.ok("delete_volume", tenant_name="disk", volume_name="a")
     store.create("disk", "a", MiB)
     store.refused("open_volume", 2, "no snapshot 's'", tenant_name="disk", volume_name="a", snapshot_name="s")
+
+
+def test_snapshots_that_nobody_reads_are_closed(store):
+    count = 8
+    client = store.opened(size=1 << 30)
+    for number in range(count):
+        assert client.write(number * 65536, bytes([number + 1]) * 512) == SUCCESS
+        store.ok("create_snapshot", tenant_name="disk", volume_name="a", snapshot_name=f"s{number}")
+    store.open("disk", "a")
+    before = store.descriptors()
+
+    def opened(number):
+        return store.ok("open_volume", tenant_name="disk", volume_name="a", snapshot_name=f"s{number}")["snap_seq"]
+
+    for number in range(count):
+        assert client.read(number * 65536, 512, snapshot=opened(number)) == bytes([number + 1]) * 512
+    # One for each layer, and some for each that is served.
+    assert store.descriptors() >= before + count * (count + 1) // 2
+    assert client.read(0, 512, snapshot=count) == b"\x01" * 512, "they stay while a client is there and reads"
+    client.close()
+    wait_for(lambda: store.descriptors() <= before, "their files are closed", 30)
+    with store.connect(client.volume_id) as client:
+        client.ask(READ, 0, 512, snapshot=count)
+        assert client.reply()[:2] == (REOPEN | INVALID_STATE, 0)
+        assert client.read(0, 512, snapshot=opened(count - 1)) == b"\x01" * 512
+    wait_for(
+        lambda: store.ask("delete_volume", tenant_name="disk", volume_name="a")["ret_code"] == 0, "it can be deleted"
+    )
+
+
+SLOW_DISK = r"""
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+int fdatasync(int file) {
+    if (access(getenv("SLOW_DISK"), F_OK) == 0) {
+        int seen = open(getenv("SLOW_DISK_SEEN"), O_WRONLY | O_CREAT | O_APPEND, 0600);
+        if (write(seen, ".", 1) != 1) abort();
+        close(seen);
+        while (access(getenv("SLOW_DISK"), F_OK) == 0) usleep(10000);
+    }
+    return syscall(SYS_fdatasync, file);
+}
+"""
+
+
+@pytest.mark.skipif(SANITIZER is not None, reason="its library has to be the first")
+def test_slow_disks_hold_up_only_their_own_volumes(new_store, tmp_path):
+    """As many volumes as could keep all threads of the tasks busy make snapshots on a disk that does not answer."""
+    (tmp_path / "slow.c").write_text(SLOW_DISK)
+    run(["cc", "-shared", "-fPIC", "-o", tmp_path / "slow.so", tmp_path / "slow.c"]).succeeded()
+    slow, seen = tmp_path / "slow", tmp_path / "seen"
+    store = new_store().start(LD_PRELOAD=tmp_path / "slow.so", SLOW_DISK=slow, SLOW_DISK_SEEN=seen)
+    count = os.cpu_count() + 1
+    for number in range(count):
+        store.create("disk", f"v{number}", MiB)
+        store.open("disk", f"v{number}")
+    store.create("ram", "a", MiB)
+    slow.touch()
+    results = []
+
+    def make(number):
+        results.append(store.ask("create_snapshot", tenant_name="disk", volume_name=f"v{number}", snapshot_name="s"))
+
+    threads = [threading.Thread(target=make, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    try:
+        wait_for(lambda: seen.exists() and seen.stat().st_size >= min(2, os.cpu_count()), "the disk is waited for")
+        assert len(store.ok("list_tenant")["tenants"]) == 2
+        with store.connect(store.open("ram", "a")["volume_id"]) as client:
+            assert client.read(0, 512) == bytes(512)
+        store.refused("delete_volume", 2, "no volume none", tenant_name="ram", volume_name="none")
+        assert not results
+    finally:
+        slow.unlink()
+        for thread in threads:
+            thread.join()
+    assert [result["ret_code"] for result in results] == [0] * count
 
 
 def test_a_snapshot_that_cannot_be_noted_is_not_made(store):
