@@ -41,6 +41,8 @@ package final class ConductorClient: Sendable {
     /// Of one try.
     private let timeout: TimeAmount
     /// Never shut down: it lives as long as the process.
+    /// For what may have to wait for a disk: nobody knows what became of it when it is given up.
+    private static let changeTimeout = TimeAmount.seconds(60)
     private static let group = MultiThreadedEventLoopGroup(numberOfThreads: 1)
 
     /// - Parameters:
@@ -84,12 +86,14 @@ package final class ConductorClient: Sendable {
             ask(
                 "create_volume",
                 [("volume_name", volume), ("size", "\(size)"), ("rep_cnt", "1"), ("tenant_name", tenant)],
-                of: CreateVolumeAnswer.self))
+                isChange: true, of: CreateVolumeAnswer.self))
     }
 
     func delete(tenant: String, volume: String) throws(BackendError) {
         _ = try wait(
-            ask("delete_volume", [("volume_name", volume), ("tenant_name", tenant)], of: ConductorStatus.self))
+            ask(
+                "delete_volume", [("volume_name", volume), ("tenant_name", tenant)], isChange: true,
+                of: ConductorStatus.self))
     }
 
     func list(tenant: String) throws(BackendError) -> [ListVolumeAnswer.Volume] {
@@ -110,7 +114,7 @@ package final class ConductorClient: Sendable {
             ask(
                 "create_snapshot",
                 [("tenant_name", tenant), ("volume_name", volume), ("snapshot_name", snapshot)],
-                of: ConductorStatus.self))
+                isChange: true, of: ConductorStatus.self))
     }
 
     /// - Parameter size: bytes, a multiple of a MiB, the unit of this one request.
@@ -118,7 +122,7 @@ package final class ConductorClient: Sendable {
         _ = try wait(
             ask(
                 "update_volume", [("tenant_name", tenant), ("volume_name", volume), ("size", "\(size >> 20)")],
-                of: ConductorStatus.self))
+                isChange: true, of: ConductorStatus.self))
     }
 
     // MARK: Asking
@@ -136,13 +140,14 @@ package final class ConductorClient: Sendable {
     }
 
     private func ask<Answer: Decodable & Sendable>(
-        _ operation: String, _ parameters: [(String, String)], within limit: UInt64? = nil, of: Answer.Type
+        _ operation: String, _ parameters: [(String, String)], within limit: UInt64? = nil, isChange: Bool = false,
+        of: Answer.Type
     ) -> EventLoopFuture<Answer> {
         let query = ([("op", operation)] + parameters).map { "\($0)=\(Self.escaped($1))" }.joined(separator: "&")
         let loop = Self.group.any()
         let deadline = limit.map { .now() + .nanoseconds(Int64(clamping: $0)) } ?? NIODeadline.distantFuture
         return conductors(on: loop, until: deadline).flatMap { [self] conductors in
-            get("/s5c/?\(query)", from: conductors[...], until: deadline, on: loop)
+            get("/s5c/?\(query)", from: conductors[...], until: deadline, isChange: isChange, on: loop)
         }.flatMapThrowing { body in
             try ConductorStatus.decode(Answer.self, operation, body)
         }
@@ -175,28 +180,42 @@ package final class ConductorClient: Sendable {
         }
     }
 
+    /// - Parameter isChange: once it was sent, no other conductor is asked: it may have been done, or still be.
     private func get(
-        _ uri: String, from endpoints: ArraySlice<Endpoint>, until deadline: NIODeadline,
+        _ uri: String, from endpoints: ArraySlice<Endpoint>, until deadline: NIODeadline, isChange: Bool,
         on loop: any NIOCore.EventLoop
     ) -> EventLoopFuture<[UInt8]> {
         guard let endpoint = endpoints.first else {
             return loop.makeFailedFuture(BackendError(code: EHOSTUNREACH, message: "no conductor is configured"))
         }
-        return get(uri, from: endpoint, within: patience(deadline), on: loop).flatMapError { [self] error in
-            guard endpoints.count > 1, deadline > .now() else { return loop.makeFailedFuture(error) }
-            return get(uri, from: endpoints.dropFirst(), until: deadline, on: loop)
-        }
+        let isSent = NIOLoopBoundBox(false, eventLoop: loop)
+        return get(uri, from: endpoint, within: patience(deadline), isChange ? isSent : nil, on: loop)
+            .flatMapError { [self] error in
+                if isChange, isSent.value, let error = error as? BackendError {
+                    let text = "\(error.message); it may have done what it was asked, or still do it"
+                    return loop.makeFailedFuture(BackendError(code: error.code, message: text))
+                }
+                guard endpoints.count > 1, deadline > .now() else { return loop.makeFailedFuture(error) }
+                return get(uri, from: endpoints.dropFirst(), until: deadline, isChange: isChange, on: loop)
+            }
     }
 
+    /// - Parameter isSent: set for a change when the conductor is reached, which then has the time of one.
     private func get(
-        _ uri: String, from endpoint: Endpoint, within timeout: TimeAmount, on loop: any NIOCore.EventLoop
+        _ uri: String, from endpoint: Endpoint, within timeout: TimeAmount, _ isSent: NIOLoopBoundBox<Bool>?,
+        on loop: any NIOCore.EventLoop
     ) -> EventLoopFuture<[UInt8]> {
         let promise = loop.makePromise(of: [UInt8].self)
-        let deadline = loop.scheduleTask(in: timeout) {
+        let fail: @Sendable (TimeAmount) -> Void = { time in
             promise.fail(
                 BackendError(
                     code: ETIMEDOUT,
-                    message: "the conductor \(endpoint) did not answer within \(timeout.nanoseconds / 1_000_000) ms"))
+                    message: "the conductor \(endpoint) did not answer within \(time.nanoseconds / 1_000_000) ms"))
+        }
+        let limit = max(timeout, Self.changeTimeout)
+        let last = isSent.map { _ in loop.scheduleTask(in: limit) { fail(limit) } }
+        let deadline = loop.scheduleTask(in: timeout) {
+            if isSent?.value != true { fail(timeout) }
         }
         let remedy = source.remedy
         ClientBootstrap(group: loop).connectTimeout(timeout).channelInitializer { channel in
@@ -207,10 +226,15 @@ package final class ConductorClient: Sendable {
         }.connect(host: endpoint.host, port: endpoint.port).whenComplete { result in
             switch result {
             case .failure(let error): promise.fail(Self.unreachable(endpoint, error, remedy))
-            case .success(let channel): promise.futureResult.whenComplete { _ in channel.close(promise: nil) }
+            case .success(let channel):
+                isSent?.value = true
+                promise.futureResult.whenComplete { _ in channel.close(promise: nil) }
             }
         }
-        promise.futureResult.whenComplete { _ in deadline.cancel() }
+        promise.futureResult.whenComplete { _ in
+            deadline.cancel()
+            last?.cancel()
+        }
         return promise.futureResult
     }
 

@@ -314,7 +314,9 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
         guard !closed else { return }
         let text = "store \(connection.name): \(reason)"
         if connection.wasTurnedAway {
-            // Nothing of it was begun there, and the store is well: neither it nor its other connections are left.
+            // The store is well, and is not left. Mostly nothing was begun there; but it may as well have ended later, of
+            // something else.
+            if connection.lostWrites { failOthers(connection) }
             if connections.contains(where: { $0.name == connection.name && $0.state == .ready }) {
                 log.tell(.info, text, at: loop.now)
                 return sendStranded()
@@ -344,7 +346,7 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     private func failOthers(_ connection: StoreConnection) {
         guard settings.connectionsPerStore > 1 else { return }
         for other in connections where other !== connection && other.name == connection.name && other.state != .closed {
-            other.fail("another connection to this store was lost")
+            other.fail("another connection to this store was lost", isItsOwn: false)
         }
     }
 

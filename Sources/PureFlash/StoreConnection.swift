@@ -66,6 +66,8 @@ final class StoreConnection: EventSource {
     private(set) var lastFailure: String?
     /// When it failed last, the store had requests of it.
     private(set) var lostRequests = false
+    /// A write was among them.
+    private(set) var lostWrites = false
     /// Since the handshake.
     private var hasAnswered = false
     /// It failed last because the store had no room for another connection: that closes it right after a good handshake.
@@ -446,11 +448,13 @@ final class StoreConnection: EventSource {
     }
 
     /// Closes it first; then everything that was under way on it goes back to the volume.
-    func fail(_ reason: String, turnedAway: Bool = false) {
+    /// - Parameter isItsOwn: nothing is wrong with another connection that is closed because of this one.
+    func fail(_ reason: String, turnedAway: Bool = false, isItsOwn: Bool = true) {
         lostRequests = inFlight > 0 || hasAbandoned
+        lostWrites = hasAbandoned || sentOfFirst > 0 || hasInFlight { $0.isWrite && $0.isSent }
         lastFailure = reason
         wasTurnedAway = turnedAway
-        failures += 1
+        if isItsOwn { failures += 1 }
         var orphans = withdraw()
         while let request = orphans.removeFirst() { owner.orphaned(request) }
         owner.connectionFailed(self, reason)

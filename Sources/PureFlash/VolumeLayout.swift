@@ -40,7 +40,7 @@ package struct VolumeLayout: Equatable, Sendable {
 }
 
 /// A conductor's answer to any request; `Answer` adds what the request asked for.
-struct ConductorStatus: Decodable {
+package struct ConductorStatus: Decodable {
     let code: Int
     let reason: String?
 
@@ -51,7 +51,7 @@ struct ConductorStatus: Decodable {
 
     /// What a conductor has answered to an operation.
     /// - Throws: its refusal; EPROTO for what is no answer.
-    static func decode<Answer: Decodable>(
+    package static func decode<Answer: Decodable>(
         _ type: Answer.Type, _ operation: String, _ body: [UInt8]
     ) throws(BackendError) -> Answer {
         do {
@@ -100,6 +100,8 @@ struct ConductorStatus: Decodable {
     /// Of "invalid argument". A conductor answers open_volume with it also while a store is not ready.
     private static func meaning(_ operation: String, _ reason: String) -> Int32 {
         switch operation {
+        case "create_volume" where reason.contains("already exist"): EEXIST
+        case "create_volume" where reason.contains("capacity"): ENOSPC
         case "create_volume" where !["no tenant", "not exist"].contains(where: reason.contains): EINVAL
         case "open_volume"
         where !["not exist", "no volume", "no tenant", "no snapshot"].contains(where: reason.contains):
@@ -150,22 +152,22 @@ struct OpenVolumeAnswer: Decodable {
         if let shardOrder, UInt64(1) << UInt64(clamping: min(max(shardOrder, 0), 63)) != StoreProtocol.shardSize {
             throw Self.wrong("shards of 2^\(shardOrder) bytes")
         }
-        // There may be too few of them: a conductor makes a volume larger, and no shards for that.
-        guard (1...((size - 1) / StoreProtocol.shardSize + 1)).contains(UInt64(shards.count)),
-            shardCount == shards.count
-        else {
+        // There may be too few of them, or too many: a conductor makes a volume larger or smaller, and its shards stay.
+        let needed = (size - 1) / StoreProtocol.shardSize + 1
+        guard !shards.isEmpty, shardCount == shards.count else {
             throw Self.wrong("\(shards.count) shards, shard_count \(shardCount), of a volume of \(size) bytes")
         }
         let sorted = shards.sorted { $0.index < $1.index }
         guard sorted.map(\.index) == Array(0..<sorted.count) else {
-            throw Self.wrong("the shards \(sorted.map(\.index))")
+            let first = sorted.prefix(16).map { "\($0.index)" }.joined(separator: ", ")
+            throw Self.wrong("the shards \(first)\(sorted.count > 16 ? ", ..." : "")")
         }
         // A snapshot has a number from 1 on: a store gives zeros for 0.
         guard let snapshot = snapshot == -1 ? StoreProtocol.head : UInt32(exactly: snapshot), snapshot > 0 else {
             throw Self.wrong("snap_seq \(snapshot)")
         }
         var known: [VolumeLayout.Shard] = []
-        for shard in sorted {
+        for shard in sorted.prefix(Int(clamping: needed)) {
             let addresses = shard.addresses.split(separator: ",").map { String($0.filter { $0 != " " }) }
             for address in addresses where StoreAddress(address) == nil {
                 throw Self.wrong("'\(address.prefix(64))' for the address of a store")

@@ -296,8 +296,8 @@ def test_a_store_without_room_for_another_connection():
         elapsed = time.monotonic() - began
         assert seen == {cluster.addresses[0]}
         tries = volume.connected - before
-        # Two lanes are there, and two try again every five seconds.
-        assert tries <= 4 + 2 * (elapsed / 5 + 1), f"{tries} connections in {elapsed:.1f} s"
+        # Two lanes are there, and two try again every five seconds; one with a write under way ends those that are there.
+        assert tries <= 4 + 6 * (elapsed / 5 + 1), f"{tries} connections in {elapsed:.1f} s"
         assert "the store has no room for another connection" in daemon.log()
         assert daemon.json("info", "x/v")["counters"]["errors"] == 0
         # When there is no room at all, the requests wait for it.

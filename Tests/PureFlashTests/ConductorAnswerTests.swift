@@ -61,6 +61,31 @@ import Testing
         #expect(layout.shards.count == 1)
     }
 
+    @Test("the shards that a volume had before it was made smaller are left alone")
+    func tooManyShards() throws {
+        let answer = try Self.changed("\"shard_count\":1", "\"shard_count\":2")
+        let more = "\"shards\":[{\"index\":1,\"store_ips\":\"127.0.0.2\"},"
+        let text = String(decoding: answer, as: UTF8.self).replacing("\"shards\":[", with: more)
+        let layout = try VolumeLayout(decoding: Array(text.utf8))
+        #expect(layout.shards.map(\.addresses) == [["127.0.0.1"]])
+    }
+
+    @Test(
+        "what a conductor means by an invalid argument for a new volume",
+        arguments: [
+            ("volume already exists: v", EEXIST), ("no enough volume capacity", ENOSPC),
+            ("Tenant not exists: t", ENOENT),
+            ("rep_cnt", EINVAL),
+        ])
+    func creatingWhatCannotBe(reason: String, expected: Int32) {
+        let answer = Array("{\"ret_code\":2,\"reason\":\"\(reason)\"}".utf8)
+        #expect {
+            try ConductorStatus.decode(ConductorStatus.self, "create_volume", answer)
+        } throws: {
+            ($0 as? BackendError)?.code == expected
+        }
+    }
+
     @Test(
         "a store that is not ready yet is no missing volume",
         arguments: [
