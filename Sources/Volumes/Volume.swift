@@ -17,6 +17,9 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     var opened: any OpenVolume { currentlyOpened.withLock { $0 } }
     let currentlyOpened: Mutex<any OpenVolume>
     let loop: EventLoop
+    /// As many as a session can hold of a backend that takes 64 KiB at a time: what one client does not take is no other
+    /// one's loss. Memory of those that are never used is never touched.
+    private static let partsOfSession = 640
     /// Made by this process so far.
     private static let mappings = Atomic<UInt64>(0)
     let logger: Logger
@@ -81,7 +84,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
         buffers = BufferPool(maximumRegions: 2 * sessions + 4)
         vectors = .allocate(capacity: Session.vectorCapacity)
         requests = Slab(capacity: sessions * Session.maximumInFlight)
-        parts = Slab(capacity: sessions * Session.maximumInFlight)
+        parts = Slab(capacity: sessions * Self.partsOfSession)
     }
 
     deinit { vectors.deallocate() }

@@ -158,6 +158,24 @@ def test_what_a_client_does_not_take_holds_up_nobody(daemon, pool):
         assert other.call(CMD_READ, 0, 4096).data == b"x" * 4096
 
 
+def test_clients_that_do_not_read_leave_the_others_their_parts(new_daemon):
+    daemon = new_daemon(configuration="\n[nbd]\nmax_connections=4\n").start()
+    daemon.create("disk/a", "64M")
+    daemon.qbd("snapshot", "create", "disk/a@s").succeeded()
+    daemon.map("disk/a")
+    with contextlib.ExitStack() as stack:
+        sessions = [stack.enter_context(Session(daemon.nbd_socket, timeout=20)) for _ in range(4)]
+        for session in sessions:
+            session.greet()
+            session.go("disk/a")
+        for session in sessions[1:]:
+            # One that is not aligned, in pieces of a layer's grain.
+            session.request(CMD_READ, 512, 32 * MiB)
+        wait_for(lambda: daemon.json("info", "disk/a")["counters"]["in_flight"] == 3, "all requests are there")
+        assert sessions[0].call(CMD_READ, 0, 4096).error == 0
+        assert sessions[0].call(CMD_WRITE, 0, payload=b"x" * 4096).error == 0
+
+
 def test_client_that_stops_reading_in_the_handshake(daemon):
     """NBD_OPT_LIST has long answers."""
     for index in range(32):
