@@ -7,8 +7,11 @@ enum ConfigurationFile {
     /// - Parameters:
     ///   - what: the file in an error's text, as in "the configuration".
     ///   - remedy: what to do when there is none.
+    ///   - mayRead: asked with the opened file's status before anything of it is read; false is EACCES.
     /// - Throws: with `systemError` set (ENOENT when there is none).
-    static func read(_ path: String, as what: String, remedy: String) throws(ConfigurationError) -> [UInt8] {
+    static func read(
+        _ path: String, as what: String, remedy: String, mayRead: (stat) -> Bool = { _ in true }
+    ) throws(ConfigurationError) -> [UInt8] {
         guard !path.utf8.contains(0) else {
             throw ConfigurationError("the path \(excerpt(path)) holds a NUL byte", systemError: EINVAL)
         }
@@ -28,6 +31,10 @@ enum ConfigurationFile {
             throw ConfigurationError(
                 "cannot read \(what): not a regular file", file: path,
                 systemError: status.st_mode & S_IFMT == S_IFDIR ? EISDIR : EINVAL)
+        }
+        guard mayRead(status) else {
+            throw ConfigurationError(
+                "cannot read \(what): who asks for it has no permission to read it", file: path, systemError: EACCES)
         }
 
         // One byte more than allowed is read, so that a file that grows meanwhile is noticed as well.

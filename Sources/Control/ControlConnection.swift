@@ -132,13 +132,31 @@ extension ControlConnection {
 
     private func answer(_ command: Command, _ body: ByteBuffer) {
         guard let context else { return }
+        let caller: ControlCaller
+        do throws(ControlError) { caller = try self.caller(context) } catch {
+            return refuse(error, command, status: .internalServerError)
+        }
         state = .answering
         deadline?.cancel()
         stopReading()
         let router = router
         context.eventLoop.makeFutureWithTask {
-            await router.reply(to: command, body: body)
+            await router.reply(to: command, body: body, for: caller)
         }.assumeIsolated().whenSuccess { reply in self.send(reply) }
+    }
+
+    private func caller(_ context: ChannelHandlerContext) throws(ControlError) -> ControlCaller {
+        let caller: Result<ControlCaller, ControlError>?
+        do {
+            caller = try context.pipeline.syncOperations.withUnsafeTransportIfAvailable {
+                (socket: NIOBSDSocket.Handle) in
+                Result { () throws(ControlError) in try ControlCaller(atOtherEndOf: socket) }
+            }
+        } catch {
+            throw ControlError(EIO, "qbdd cannot tell who asks: \(error)")
+        }
+        guard let caller else { throw ControlError(EIO, "qbdd cannot tell who asks: this is no socket") }
+        return try caller.get()
     }
 
     private func refuseSize() {

@@ -14,9 +14,9 @@ struct ControlRouter: Sendable {
     let service: any ControlService
 
     /// Calls the service and waits for it.
-    func reply(to command: Command, body: ByteBuffer) async -> Reply {
+    func reply(to command: Command, body: ByteBuffer, for caller: ControlCaller) async -> Reply {
         do {
-            return Reply(status: .ok, body: try await answer(command, body))
+            return Reply(status: .ok, body: try await answer(command, body, service.asked(by: caller)))
         } catch {
             return Self.failure(error, command)
         }
@@ -34,7 +34,9 @@ struct ControlRouter: Sendable {
         return Reply(status: status ?? Self.status(of: error.code), body: body, extraHeaders: extraHeaders)
     }
 
-    private func answer(_ command: Command, _ body: ByteBuffer) async throws(ControlError) -> String {
+    private func answer(
+        _ command: Command, _ body: ByteBuffer, _ service: any ControlService
+    ) async throws(ControlError) -> String {
         switch command {
         case .map: try await answer(body) { r throws(ControlError) in try await service.map(r) }
         case .unmap: try await answer(body) { r throws(ControlError) in try await service.unmap(r) }

@@ -1,5 +1,8 @@
 /// What the daemon does for each command. Called from any task, several at a time.
 package protocol ControlService: Sendable {
+    /// The service as this caller may use it.
+    func asked(by caller: ControlCaller) -> Self
+
     func map(_ request: MapRequest) async throws(ControlError) -> MapRequest.Answer
     func unmap(_ request: UnmapRequest) async throws(ControlError) -> UnmapRequest.Answer
     func remap(_ request: RemapRequest) async throws(ControlError) -> RemapRequest.Answer

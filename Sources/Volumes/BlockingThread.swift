@@ -4,7 +4,7 @@ import Synchronization
 
 /// One thread for work that may block: netlink, sysfs, the state folder. Work runs in the order given. What waits for a
 /// volume's store, or for a device's own I/O, runs `alone`: it may take for ever.
-final class BlockingThread: Sendable {
+package final class BlockingThread: Sendable {
     private let queue = Mutex<[@Sendable () -> Void]>([])
     private let available = Semaphore()
 
@@ -38,7 +38,7 @@ final class BlockingThread: Sendable {
     /// Runs work on a thread of its own, so that work that may wait for ever holds up nothing else.
     /// - Parameter watch: asked a few times a second while the work lasts. With an error the wait is over; the work goes
     ///   on until it ends by itself, and its value is dropped.
-    static func alone<Value: Sendable>(
+    package static func alone<Value: Sendable>(
         watch: (@Sendable () async -> BackendError?)? = nil,
         _ body: @escaping @Sendable () throws(BackendError) -> Value
     ) async throws(BackendError) -> Value {

@@ -1,7 +1,7 @@
 import Synchronization
 
 /// Runs work on the same name one after the other, in the order asked, and on different names side by side.
-final class NameQueues: Sendable {
+package final class NameQueues: Sendable {
     private struct Tail {
         var id: UInt64
         var task: Task<Void, Never>
@@ -12,7 +12,9 @@ final class NameQueues: Sendable {
     }
     private let state = Mutex(State())
 
-    func run<Value: Sendable, Failure: Error>(
+    package init() {}
+
+    package func run<Value: Sendable, Failure: Error>(
         _ name: String, _ body: @escaping @Sendable () async throws(Failure) -> Value
     ) async throws(Failure) -> Value {
         let (task, id) = state.withLock { state in

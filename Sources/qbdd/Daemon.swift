@@ -11,7 +11,7 @@ enum Daemon {
     static func run(_ options: Options, _ signals: Signals, _ logger: Logger) async throws(ControlError) {
         raiseDescriptorLimit(logger)
         let pools = PoolDirectory(defaultPath: options.isConfigNamed ? nil : options.configPath, logger: logger)
-        let configuration = try await pools.configuration(options.configPath)
+        let configuration = try await pools.configuration(options.configPath, for: .daemon)
 
         // The control socket's path is taken first and opened last: who is answered there finds everything running.
         let path: ControlPath
@@ -21,21 +21,25 @@ enum Daemon {
         let manager = try await makeManager(options, configuration, logger)
         await manager.restore { (pool, config) throws(BackendError) in
             do throws(ControlError) {
-                return (try await pools.pool(pool, config, transport: .tcp), try await pools.timing(config))
+                return (
+                    try await pools.pool(pool, config, transport: .tcp, for: .daemon),
+                    try await pools.timing(config, for: .daemon)
+                )
             } catch {
                 throw BackendError(code: error.code, message: error.message)
             }
         }
         // What an earlier daemon did not get done.
         for name in configuration.pools.keys.sorted() {
-            do throws(ControlError) { manager.tidy(try await pools.pool(name, options.configPath)) } catch {
+            do throws(ControlError) { manager.tidy(try await pools.pool(name, options.configPath, for: .daemon)) } catch
+            {
                 logger.error("\(error.message)")
             }
         }
         let server: ControlServer
         do throws(ControlError) {
             server = try await ControlServer(
-                at: path, service: DaemonService(manager: manager, pools: pools, logger: logger),
+                at: path, service: DaemonService(manager: manager, pools: pools, logger: logger, caller: .daemon),
                 report: { logger.warning("\($0)") })
         } catch {
             await manager.shutdown()

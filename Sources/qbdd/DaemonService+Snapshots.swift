@@ -79,7 +79,7 @@ extension DaemonService {
         guard let path = config ?? mapped ?? defaultConfig else {
             throw .invalid("\(name.pool)/\(name.volume) is not mapped; name the configuration of its pool")
         }
-        return try await pools.pool(name.pool, try ConfigPath.validate(path), transport: name.transport)
+        return try await pools.pool(name.pool, try ConfigPath.validate(path), transport: name.transport, for: caller)
     }
 }
 

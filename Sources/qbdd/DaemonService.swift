@@ -10,12 +10,20 @@ struct DaemonService: ControlService {
     let manager: VolumeManager
     let pools: PoolDirectory
     let logger: Logger
+    /// Reads of configurations are on behalf of this one.
+    var caller: ControlCaller
+
+    func asked(by caller: ControlCaller) -> DaemonService {
+        var service = self
+        service.caller = caller
+        return service
+    }
 
     func map(_ request: MapRequest) async throws(ControlError) -> MapRequest.Answer {
         let name = try VolumeName.reachable(request.volume, snapshot: .allowed)
         let config = try ConfigPath.validate(request.config)
-        let pool = try await pools.pool(name.pool, config, transport: name.transport)
-        let timing = try await pools.timing(config)
+        let pool = try await pools.pool(name.pool, config, transport: name.transport, for: caller)
+        let timing = try await pools.timing(config, for: caller)
         var limits = ThrottleLimits.none
         request.limits.apply(to: &limits)
         do throws(BackendError) {
@@ -68,7 +76,8 @@ struct DaemonService: ControlService {
         guard let config = request.config ?? request.defaultConfig else {
             throw .notMapped("\(name) is not mapped; name the configuration of its pool to grow it all the same")
         }
-        let pool = try await pools.pool(name.pool, try ConfigPath.validate(config), transport: name.transport)
+        let pool = try await pools.pool(
+            name.pool, try ConfigPath.validate(config), transport: name.transport, for: caller)
         do throws(BackendError) {
             return PoolVolume(
                 try await manager.resize(pool, volume: name.volume, to: request.size), inPool: name.pool)
@@ -153,7 +162,8 @@ struct DaemonService: ControlService {
 extension DaemonService {
     func create(_ request: CreateRequest) async throws(ControlError) -> CreateRequest.Answer {
         let name = try VolumeName.reachable(request.volume)
-        let pool = try await pools.pool(name.pool, try ConfigPath.validate(request.config), transport: name.transport)
+        let pool = try await pools.pool(
+            name.pool, try ConfigPath.validate(request.config), transport: name.transport, for: caller)
         do throws(BackendError) {
             let record = try await manager.create(
                 pool, volume: name.volume, size: request.size, blockSize: request.blockSize)
@@ -165,7 +175,8 @@ extension DaemonService {
 
     func delete(_ request: DeleteRequest) async throws(ControlError) -> DeleteRequest.Answer {
         let name = try VolumeName.reachable(request.volume)
-        let pool = try await pools.pool(name.pool, try ConfigPath.validate(request.config), transport: name.transport)
+        let pool = try await pools.pool(
+            name.pool, try ConfigPath.validate(request.config), transport: name.transport, for: caller)
         do throws(BackendError) {
             try await manager.delete(pool, volume: name.volume, snapshots: request.snapshots)
         } catch {
@@ -178,8 +189,9 @@ extension DaemonService {
         let config = try ConfigPath.validate(request.config)
         if let pool = request.pool { return .init(volumes: try await volumes(of: pool, config), problems: []) }
         var answer = VolumesRequest.Answer(volumes: [], problems: [])
-        var names = Set(try await pools.configuration(config).pools.keys)
-        if let conductor = try await pools.conductor(config) {
+        let configuration = try await pools.configuration(config, for: caller)
+        var names = Set(configuration.pools.keys)
+        if let conductor = await pools.conductor(of: configuration) {
             do throws(BackendError) { names.formUnion(try await conductor.tenants()) } catch {
                 let error = ControlError(error)
                 answer.problems.append(
@@ -200,7 +212,7 @@ extension DaemonService {
     }
 
     private func volumes(of name: String, _ config: String) async throws(ControlError) -> [PoolVolume] {
-        let pool = try await pools.pool(name, config)
+        let pool = try await pools.pool(name, config, for: caller)
         do throws(BackendError) {
             return try await manager.volumes(pool).map { PoolVolume($0, inPool: pool.name) }
         } catch {

@@ -10,14 +10,9 @@ import Volumes
 /// Which pool a request means: a configuration's path and a pool's name lead to one object, as long as the daemon lives;
 /// for a cluster's pool, as long as somebody uses it, because any name may be one.
 ///
-/// A file is read again when it has changed. A pool that it says the same of as before stays the same object, so what
+/// A file is read each time it is named. A pool that it says the same of as before stays the same object, so what
 /// is in a memory pool survives a change of the file.
 actor PoolDirectory {
-    private struct File {
-        let version: FileVersion
-        let configuration: DaemonConfiguration
-    }
-
     private struct Key: Hashable {
         let config: String
         let pool: PoolConfiguration
@@ -34,7 +29,10 @@ actor PoolDirectory {
 
     private let defaultPath: String?
     private let logger: Logger
-    private var files: [String: File] = [:]
+    /// One thread waits for a path, however many name it.
+    private let reads = NameQueues()
+    /// What was said of each file, not to say it again.
+    private var warned: [String: [String]] = [:]
     private var pools: [Key: any VolumePool] = [:]
     private var clusterPools: [Key: ClusterPool] = [:]
     /// Pools of one cluster, and of one file, share what they know of it.
@@ -46,33 +44,54 @@ actor PoolDirectory {
         self.logger = logger
     }
 
-    /// What the file says now.
+    /// What the file says now. A file system that does not answer holds up only those who name the same path.
     ///
-    /// - Parameter path: absolute.
-    /// - Throws: code 2 when it is missing, 22 with file and line when it is wrong.
-    func configuration(_ path: String) throws(ControlError) -> DaemonConfiguration {
-        // Looked at before it is read: should it change in between, it is read once too often, not too seldom.
-        let version = FileVersion(path)
-        if let version, let file = files[path], file.version == version { return file.configuration }
+    /// - Parameters:
+    ///   - path: absolute.
+    ///   - caller: who named it; nobody learns by the daemon's rights what a file says.
+    /// - Throws: code 2 when it is missing, 1 when the caller may not read it, 22 with file and line when it is wrong.
+    func configuration(_ path: String, for caller: ControlCaller) async throws(ControlError) -> DaemonConfiguration {
+        let mayBeMissing = path == defaultPath
+        let result: Result<DaemonConfiguration, ConfigurationError>
+        do throws(BackendError) {
+            result = try await reads.run(path) { () throws(BackendError) in
+                try await BlockingThread.alone { () throws(BackendError) in
+                    Self.load(path, mayBeMissing, caller)
+                }
+            }
+        } catch {
+            throw ControlError(error)
+        }
         do throws(ConfigurationError) {
-            let configuration = try load(path, isMissing: version == nil)
-            for warning in configuration.warnings { logger.warning("\(warning)") }
-            files[path] = version.map { File(version: $0, configuration: configuration) }
+            let configuration = try result.get()
+            if warned[path] != configuration.warnings {
+                for warning in configuration.warnings { logger.warning("\(warning)") }
+                warned[path] = configuration.warnings
+            }
             return configuration
         } catch {
-            files[path] = nil
             throw ControlError(error)
         }
     }
 
-    /// How long things may take by the configuration at this path.
-    func timing(_ path: String) throws(ControlError) -> VolumeTiming { VolumeTiming(try configuration(path).client) }
-
-    /// The NBD server's section of the configuration at this path, in the manager's terms of errors.
-    func nbd(_ path: String) throws(BackendError) -> DaemonConfiguration.NBD {
-        do throws(ControlError) { return try configuration(path).nbd } catch {
-            throw BackendError(code: error.code, message: error.message)
+    private static func load(
+        _ path: String, _ mayBeMissing: Bool, _ caller: ControlCaller
+    ) -> Result<DaemonConfiguration, ConfigurationError> {
+        do throws(ConfigurationError) {
+            do throws(ConfigurationError) {
+                return .success(try DaemonConfiguration.load(path: path) { caller.mayRead($0) })
+            } catch {
+                guard mayBeMissing, error.systemError == ENOENT else { throw error }
+                return .success(try DaemonConfiguration(parsing: "", file: path))
+            }
+        } catch {
+            return .failure(error)
         }
+    }
+
+    /// How long things may take by the configuration at this path.
+    func timing(_ path: String, for caller: ControlCaller) async throws(ControlError) -> VolumeTiming {
+        VolumeTiming(try await configuration(path, for: caller).client)
     }
 
     /// The pool of this name in the configuration at this path.
@@ -80,9 +99,9 @@ actor PoolDirectory {
     /// - Parameter transport: what the volume's name asks for, which goes before the configuration.
     /// - Throws: as `configuration`; code 2 when the file has no such pool.
     func pool(
-        _ name: String, _ path: String, transport: Transport? = nil
-    ) throws(ControlError) -> any VolumePool {
-        let configuration = try configuration(path)
+        _ name: String, _ path: String, transport: Transport? = nil, for caller: ControlCaller
+    ) async throws(ControlError) -> any VolumePool {
+        let configuration = try await configuration(path, for: caller)
         do throws(ConfigurationError) {
             try VolumeName.validate(component: name, as: "pool name")
         } catch {
@@ -111,9 +130,8 @@ actor PoolDirectory {
         }
     }
 
-    /// Who knows the tenants of the cluster that the configuration at this path names; nil when it names none.
-    func conductor(_ path: String) throws(ControlError) -> ConductorClient? {
-        let configuration = try configuration(path)
+    /// Who knows the tenants of the cluster that a configuration names; nil when it names none.
+    func conductor(of configuration: DaemonConfiguration) -> ConductorClient? {
         guard configuration.hasCluster else { return nil }
         return conductor(configuration.zookeeper, configuration.conductor, configuration.client)
     }
@@ -141,35 +159,10 @@ actor PoolDirectory {
         discoveries[key] = discovery
         return ConductorClient(.zooKeeper(discovery), timeout: timeout.nanoseconds)
     }
-
-    private func load(_ path: String, isMissing: Bool) throws(ConfigurationError) -> DaemonConfiguration {
-        guard isMissing, path == defaultPath else { return try DaemonConfiguration.load(path: path) }
-        return try DaemonConfiguration(parsing: "", file: path)
-    }
-}
-
-/// By what a change of a file is noticed.
-private struct FileVersion: Equatable {
-    private let device: UInt64
-    private let inode: UInt64
-    private let size: Int64
-    private let seconds: Int
-    private let nanoseconds: Int
-
-    /// Nil when there is no file.
-    init?(_ path: String) {
-        var status = stat()
-        guard stat(path, &status) == 0 else { return nil }
-        device = UInt64(status.st_dev)
-        inode = UInt64(status.st_ino)
-        size = Int64(status.st_size)
-        seconds = status.st_mtim.tv_sec
-        nanoseconds = status.st_mtim.tv_nsec
-    }
 }
 
 extension VolumeTiming {
-    fileprivate init(_ client: DaemonConfiguration.Client) {
+    init(_ client: DaemonConfiguration.Client) {
         self.init(slowIO: UInt64(client.slowIO), open: UInt64(client.openVolumeTimeout.components.seconds))
     }
 }

@@ -13,12 +13,12 @@ enum SingleServer {
         let name = try VolumeName.reachable(options.serve ?? "", snapshot: .allowed)
         let descriptor = try inheritedSocket()
         let pools = PoolDirectory(defaultPath: options.isConfigNamed ? nil : options.configPath, logger: logger)
-        let pool = try await pools.pool(name.pool, options.configPath, transport: name.transport)
-        let timing = try await pools.timing(options.configPath)
+        let pool = try await pools.pool(name.pool, options.configPath, transport: name.transport, for: .daemon)
+        let configuration = try await pools.configuration(options.configPath, for: .daemon)
         do throws(BackendError) {
             let manager = try VolumeManager(
                 nbdSocketPath: options.nbdSocketPath,
-                maximumConnections: try await pools.nbd(options.configPath).maxConnections,
+                maximumConnections: configuration.nbd.maxConnections,
                 deviceSettings: DeviceSettings(connections: 1, reattachTimeout: 0), statePath: nil, logger: logger)
             let stopper = Task {
                 let signal = await signals.first()
@@ -29,7 +29,7 @@ enum SingleServer {
                 pool, volume: name.inPool,
                 options: MapOptions(
                     target: .export, readOnly: options.readOnly || name.snapshot != nil, configPath: options.configPath,
-                    timing: timing),
+                    timing: VolumeTiming(configuration.client)),
                 listenDescriptor: descriptor)
             stopper.cancel()
         } catch {

@@ -27,6 +27,18 @@ struct ControlServerTests {
         }
     }
 
+    @Test("the service is told who asks")
+    func caller() async throws {
+        try await Fixture.with { fixture in
+            _ = try await fixture.client.send(VersionRequest())
+            let caller = try #require(fixture.service.callers.first)
+            #expect(caller.user == geteuid())
+            var groups = [gid_t](repeating: 0, count: 1 << 16)
+            let count = getgroups(CInt(groups.count), &groups)
+            #expect(caller.groups == Set(groups.prefix(Int(count))).union([getegid()]))
+        }
+    }
+
     @Test("all that info tells survives the wire")
     func info() async throws {
         try await Fixture.with { fixture in

@@ -6,12 +6,21 @@ final class FakeService: ControlService {
     private struct State {
         var mappings: [MappingRecord] = []
         var requests: [String] = []
+        var callers: [ControlCaller] = []
         var waiters: [CheckedContinuation<Void, Never>] = []
         var arrivals: [CheckedContinuation<Void, Never>] = []
         var blocked = 0
     }
 
     private let state = Mutex(State())
+
+    func asked(by caller: ControlCaller) -> FakeService {
+        state.withLock { $0.callers.append(caller) }
+        return self
+    }
+
+    /// Who asked, in the order it came.
+    var callers: [ControlCaller] { state.withLock { $0.callers } }
 
     /// What was asked, in the order it came.
     var requests: [String] { state.withLock { $0.requests } }

@@ -1,5 +1,8 @@
 """The command as people and scripts use it: what it prints, and how it fails."""
 
+import concurrent.futures
+import contextlib
+import ctypes
 import errno
 import os
 import pathlib
@@ -12,7 +15,7 @@ import time
 import nbd
 import pytest
 
-from harness import KiB, MiB, QBD, environment, run
+from harness import KiB, MiB, QBD, environment, run, wait_for
 
 HEADER = "dev_id vol_id device volume config read_bps write_bps read_iops write_iops".split()
 
@@ -507,6 +510,79 @@ def test_no_permission(daemon):
     for words in (["list"], ["create", "disk/foo", "-k", "1M"], ["map", "--export", "disk/foo"]):
         daemon.qbd(*words, user=65534, group=65534, extra_groups=[]).failed(1, "permission", str(daemon.socket))
     assert daemon.json("volumes") == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_nobody_learns_what_a_file_says_that_he_may_not_read(daemon):
+    """Who may use the control socket still reads configurations by his own rights."""
+    daemon.directory.chmod(0o755)
+    os.chown(daemon.socket, 0, 65534)
+    somebody = {"user": 65534, "group": 65534, "extra_groups": [1234]}
+    path = daemon.directory / "named.conf"
+    good = "[pool.other]\ntype=memory\n"
+    # Mode, owner, group, and whether he may read it. A group's right goes before everybody's, as for open(2).
+    for mode, user, group, may in [
+        (0o600, 0, 0, False), (0o640, 0, 0, False), (0o604, 0, 0, True), (0o600, 65534, 0, True),
+        (0o640, 0, 65534, True), (0o640, 0, 1234, True), (0o604, 0, 1234, False),
+    ]:  # fmt: skip
+        for text in ("s3cr3t-token\n", good):
+            path.write_text(text)
+            os.chown(path, user, group)
+            path.chmod(mode)
+            # That root has asked before helps nobody.
+            assert daemon.qbd("volumes", "other", "-c", path).status == (0 if text == good else 22)
+            for words in (["volumes", "other"], ["volumes"], ["map", "--export", "other/a"], ["delete", "other/a"]):
+                result = daemon.qbd(*words, "-c", path, **somebody)
+                if not may:
+                    result.failed(1, str(path), "no permission")
+                    assert "s3cr3t" not in result.err and f"{path}:1" not in result.err, result
+                elif text != good:
+                    result.failed(22, f"{path}:1", "s3cr3t")
+                else:
+                    assert result.status == (0 if "volumes" in words else 2), result
+    daemon.qbd("volumes", "-c", "/etc/shadow", **somebody).failed(1, "/etc/shadow", "no permission")
+    for place in (daemon.directory, "/dev/null"):
+        daemon.qbd("volumes", "-c", place, **somebody).failed(21 if place != "/dev/null" else 22, "not a regular file")
+
+
+@pytest.fixture
+def dead_mount(tmp_path):
+    """A FUSE file system whose server never answers, and what ends the server: then who waits for it fails."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        server = os.open("/dev/fuse", os.O_RDWR)
+    except OSError as error:
+        pytest.skip(f"no FUSE here: {error}")
+    options = b"fd=%d,rootmode=40000,user_id=0,group_id=0" % server
+    if libc.mount(b"dead", os.fsencode(tmp_path), b"fuse", 0, options) != 0:
+        os.close(server)
+        pytest.skip(f"FUSE cannot be mounted here: {os.strerror(ctypes.get_errno())}")
+    with contextlib.ExitStack() as end:
+        end.callback(os.close, server)
+        yield tmp_path, end.close
+    assert libc.umount2(os.fsencode(tmp_path), 2) == 0, os.strerror(ctypes.get_errno())
+
+
+def test_configuration_on_a_dead_mount(daemon, dead_mount):
+    """Commands that name it wait, all by one thread, and the others go on."""
+    folder, end = dead_mount
+    path = folder / "qbd.conf"
+    daemon.volume("ram/a", MiB)
+    before = daemon.threads()
+    with concurrent.futures.ThreadPoolExecutor(8) as executor:
+        try:
+            stuck = [executor.submit(daemon.qbd, "volumes", "x", "-c", path, timeout=120) for _ in range(8)]
+            wait_for(lambda: daemon.threads() > before, "a thread waits for the mount")
+            for words in (["list"], ["volumes"], ["volumes", "ram"], ["info", "ram/a"], ["unmap", "ram/a"]):
+                daemon.qbd(*words).succeeded()
+            daemon.volume("disk/b", MiB)
+            assert not any(each.done() for each in stuck)
+            threads = daemon.threads()
+        finally:
+            end()
+        for each in stuck:
+            each.result().failed(107, str(path), "cannot read the configuration")
+    assert threads < before + 8, "each command took a thread"
 
 
 BAD_NAMES = {
