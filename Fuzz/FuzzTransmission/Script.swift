@@ -111,10 +111,8 @@ struct Script {
             default: size << 16 | place
             }
         let type = UInt16(first & 15)
-        if type == 2, flags & ~1 == 0 {
-            // DISC is for the end (and FUA is allowed on every command); its like with other flags is refused.
-            return
-        }
+        // DISC is for the end.
+        guard type != 2 else { return }
         add(
             ClientRequest(
                 type: type, flags: flags, offset: offset, length: UInt32(truncatingIfNeeded: length),
