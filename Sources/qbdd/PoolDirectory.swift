@@ -60,7 +60,8 @@ actor PoolDirectory {
                 }
             }
         } catch {
-            throw ControlError(error)
+            // There can be no thread for it.
+            result = Self.load(path, mayBeMissing, caller)
         }
         do throws(ConfigurationError) {
             let configuration = try result.get()
