@@ -61,8 +61,9 @@ package struct RequestLimits {
     @inline(__always)
     package func refusal(of header: RequestHeader, _ command: Command?) -> Refusal? {
         guard let command else { return Refusal(errno: 22, text: "unknown command") }
-        if command == .disconnect { return nil }
-        if header.flags & ~command.allowedFlags != 0 { return Refusal(errno: 22, text: "flag not allowed here") }
+        if command != .disconnect, header.flags & ~command.allowedFlags != 0 {
+            return Refusal(errno: 22, text: "flag not allowed here")
+        }
         switch command {
         case .disconnect, .flush: return nil
         case .read:

@@ -40,9 +40,9 @@ package final class ConductorClient: Sendable {
     private let source: Source
     /// Of one try.
     private let timeout: TimeAmount
-    /// Never shut down: it lives as long as the process.
     /// For what may have to wait for a disk: nobody knows what became of it when it is given up.
     private static let changeTimeout = TimeAmount.seconds(60)
+    /// Never shut down: it lives as long as the process.
     private static let group = MultiThreadedEventLoopGroup(numberOfThreads: 1)
 
     /// - Parameters:

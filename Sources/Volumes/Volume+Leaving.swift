@@ -117,6 +117,5 @@ extension Volume {
         leaving.kernel -= ended.count { $0.peer == KernelSide.peer }
         leaving.clients.removeAll { session in ended.contains { $0 === session } }
         settleAdmission()
-        admitWaiting()
     }
 }

@@ -21,9 +21,10 @@ enum Daemon {
         let manager = try await makeManager(options, configuration, logger)
         await manager.restore { (pool, config) throws(BackendError) in
             do throws(ControlError) {
+                let configuration = try await pools.configuration(config, for: .daemon)
                 return (
-                    try await pools.pool(pool, config, transport: .tcp, for: .daemon),
-                    try await pools.timing(config, for: .daemon)
+                    try await pools.pool(pool, of: configuration, config, transport: .tcp),
+                    VolumeTiming(configuration.client)
                 )
             } catch {
                 throw BackendError(code: error.code, message: error.message)
@@ -31,8 +32,9 @@ enum Daemon {
         }
         // What an earlier daemon did not get done.
         for name in configuration.pools.keys.sorted() {
-            do throws(ControlError) { manager.tidy(try await pools.pool(name, options.configPath, for: .daemon)) } catch
-            {
+            do throws(ControlError) {
+                manager.tidy(try await pools.pool(name, of: configuration, options.configPath))
+            } catch {
                 logger.error("\(error.message)")
             }
         }

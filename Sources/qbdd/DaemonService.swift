@@ -22,8 +22,8 @@ struct DaemonService: ControlService {
     func map(_ request: MapRequest) async throws(ControlError) -> MapRequest.Answer {
         let name = try VolumeName.reachable(request.volume, snapshot: .allowed)
         let config = try ConfigPath.validate(request.config)
-        let pool = try await pools.pool(name.pool, config, transport: name.transport, for: caller)
-        let timing = try await pools.timing(config, for: caller)
+        let configuration = try await pools.configuration(config, for: caller)
+        let pool = try await pools.pool(name.pool, of: configuration, config, transport: name.transport)
         var limits = ThrottleLimits.none
         request.limits.apply(to: &limits)
         do throws(BackendError) {
@@ -33,7 +33,7 @@ struct DaemonService: ControlService {
                     options: MapOptions(
                         target: request.export ? .export : .device(wanted: request.device),
                         readOnly: request.readOnly || name.snapshot != nil, configPath: config, limits: limits,
-                        deviceID: request.deviceID, timing: timing)))
+                        deviceID: request.deviceID, timing: VolumeTiming(configuration.client))))
         } catch {
             throw failed("map", name, error)
         }
@@ -187,9 +187,11 @@ extension DaemonService {
 
     func volumes(_ request: VolumesRequest) async throws(ControlError) -> VolumesRequest.Answer {
         let config = try ConfigPath.validate(request.config)
-        if let pool = request.pool { return .init(volumes: try await volumes(of: pool, config), problems: []) }
-        var answer = VolumesRequest.Answer(volumes: [], problems: [])
         let configuration = try await pools.configuration(config, for: caller)
+        if let pool = request.pool {
+            return .init(volumes: try await volumes(of: pool, configuration, config), problems: [])
+        }
+        var answer = VolumesRequest.Answer(volumes: [], problems: [])
         var names = Set(configuration.pools.keys)
         if let conductor = await pools.conductor(of: configuration) {
             do throws(BackendError) { names.formUnion(try await conductor.tenants()) } catch {
@@ -203,7 +205,7 @@ extension DaemonService {
         }
         for pool in names.sorted() {
             do throws(ControlError) {
-                answer.volumes += try await volumes(of: pool, config)
+                answer.volumes += try await volumes(of: pool, configuration, config)
             } catch {
                 answer.problems.append(PoolProblem(pool: pool, error: error))
             }
@@ -211,8 +213,10 @@ extension DaemonService {
         return answer
     }
 
-    private func volumes(of name: String, _ config: String) async throws(ControlError) -> [PoolVolume] {
-        let pool = try await pools.pool(name, config, for: caller)
+    private func volumes(
+        of name: String, _ configuration: DaemonConfiguration, _ path: String
+    ) async throws(ControlError) -> [PoolVolume] {
+        let pool = try await pools.pool(name, of: configuration, path)
         do throws(BackendError) {
             return try await manager.volumes(pool).map { PoolVolume($0, inPool: pool.name) }
         } catch {

@@ -78,21 +78,14 @@ actor PoolDirectory {
     private static func load(
         _ path: String, _ mayBeMissing: Bool, _ caller: ControlCaller
     ) -> Result<DaemonConfiguration, ConfigurationError> {
-        do throws(ConfigurationError) {
+        Result { () throws(ConfigurationError) in
             do throws(ConfigurationError) {
-                return .success(try DaemonConfiguration.load(path: path) { caller.mayRead($0) })
+                return try DaemonConfiguration.load(path: path, mayRead: caller.mayRead)
             } catch {
                 guard mayBeMissing, error.systemError == ENOENT else { throw error }
-                return .success(try DaemonConfiguration(parsing: "", file: path))
+                return try DaemonConfiguration(parsing: "", file: path)
             }
-        } catch {
-            return .failure(error)
         }
-    }
-
-    /// How long things may take by the configuration at this path.
-    func timing(_ path: String, for caller: ControlCaller) async throws(ControlError) -> VolumeTiming {
-        VolumeTiming(try await configuration(path, for: caller).client)
     }
 
     /// The pool of this name in the configuration at this path.
@@ -102,7 +95,13 @@ actor PoolDirectory {
     func pool(
         _ name: String, _ path: String, transport: Transport? = nil, for caller: ControlCaller
     ) async throws(ControlError) -> any VolumePool {
-        let configuration = try await configuration(path, for: caller)
+        try pool(name, of: try await configuration(path, for: caller), path, transport: transport)
+    }
+
+    /// The pool of this name in a configuration that was read at this path.
+    func pool(
+        _ name: String, of configuration: DaemonConfiguration, _ path: String, transport: Transport? = nil
+    ) throws(ControlError) -> any VolumePool {
         do throws(ConfigurationError) {
             try VolumeName.validate(component: name, as: "pool name")
         } catch {

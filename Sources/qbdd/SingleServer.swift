@@ -13,8 +13,8 @@ enum SingleServer {
         let name = try VolumeName.reachable(options.serve ?? "", snapshot: .allowed)
         let descriptor = try inheritedSocket()
         let pools = PoolDirectory(defaultPath: options.isConfigNamed ? nil : options.configPath, logger: logger)
-        let pool = try await pools.pool(name.pool, options.configPath, transport: name.transport, for: .daemon)
         let configuration = try await pools.configuration(options.configPath, for: .daemon)
+        let pool = try await pools.pool(name.pool, of: configuration, options.configPath, transport: name.transport)
         do throws(BackendError) {
             let manager = try VolumeManager(
                 nbdSocketPath: options.nbdSocketPath,
