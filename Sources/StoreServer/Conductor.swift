@@ -16,7 +16,7 @@ actor Conductor {
     private let stores: [String]
     private let faults: Faults?
     private let logger: Logger
-    private var turns = Turns()
+    private let turns = NameQueues()
 
     /// Snapshots of a volume that are remembered as begun; those of older failures are forgotten.
     private static let maximumBegun = 32
@@ -35,23 +35,16 @@ actor Conductor {
 
     /// The body of an answer, whatever the question. Questions about one volume are answered one after the other.
     func answer(_ query: HTTPQuery) async -> String {
-        let key = query.parameters["volume_name"].map { "\(Self.tenant(query))/\($0)" } ?? ""
-        let answer = Answer<String>()
-        let before = key.isEmpty ? nil : turns.before(key)
-        let task = Task {
-            await before?.value
-            do throws(RefusedRequest) { answer.set(try await self.perform(query)) } catch {
-                self.logger.info("\(query.operation) refused: \(error)")
-                answer.set(
-                    StoreJSON.encode(
-                        PlainAnswer(op: query.operation + "_reply", retCode: error.code.rawValue, reason: error.reason))
-                )
-            }
+        guard let volume = query.parameters["volume_name"] else { return await answerNow(query) }
+        return await turns.run("\(Self.tenant(query))/\(volume)") { await self.answerNow(query) }
+    }
+
+    private func answerNow(_ query: HTTPQuery) async -> String {
+        do throws(RefusedRequest) { return try await perform(query) } catch {
+            logger.info("\(query.operation) refused: \(error)")
+            return StoreJSON.encode(
+                PlainAnswer(op: query.operation + "_reply", retCode: error.code.rawValue, reason: error.reason))
         }
-        if !key.isEmpty { turns.set(key, task) }
-        await task.value
-        turns.ended(key, task)
-        return answer.take { "" }
     }
 
     private func perform(_ query: HTTPQuery) async throws(RefusedRequest) -> String {

@@ -16,7 +16,7 @@ actor StoreNode {
     private let logger: Logger
     /// By id; read by the listener.
     private let prepared = Mutex<[UInt64: StoreVolume]>([:])
-    private var turns = Turns()
+    private let turns = NameQueues()
 
     init(
         address: String, pools: [String: StorePool], durable: Bool, faults: Faults?,
@@ -50,19 +50,7 @@ actor StoreNode {
     /// Does what a conductor says; orders for one volume one after the other.
     func obey(_ order: VolumeOrder) async throws(RefusedRequest) {
         let key = "\(order.tenant)/\(order.volumeName)"
-        let before = turns.before(key)
-        let outcome = Answer<RefusedRequest?>()
-        let task = Task {
-            await before?.value
-            do throws(RefusedRequest) {
-                try await self.perform(order)
-                outcome.set(nil)
-            } catch { outcome.set(error) }
-        }
-        turns.set(key, task)
-        await task.value
-        turns.ended(key, task)
-        if let refusal = outcome.take({ nil }) { throw refusal }
+        try await turns.run(key) { () throws(RefusedRequest) in try await self.perform(order) }
     }
 
     /// Of a volume that is served here; of others it comes with prepare_volume.

@@ -14,14 +14,14 @@ extension Volume {
     func exchangeStore(_ change: StoreChange, on blocking: BlockingThread) async throws(BackendError) {
         let old = opened
         // While I/O still runs, so that less is left for the pause.
-        try await BlockingThread.alone { () throws(BackendError) in try old.settle() }
+        try await Aside.run { () throws(BackendError) in try old.settle() }
         guard let (state, since) = await loop.call({ [self] in (gate.state, gate.since) }) else { throw isStopping }
         if state != .suspended { try await suspend(timeout: Self.exchangeTimeout) }
         _ = await loop.call { [self] in store?.close() }
         var failure: BackendError?
         var new: (any OpenVolume)?
         do throws(BackendError) {
-            new = try await BlockingThread.alone { () throws(BackendError) in try old.reopen(after: change) }
+            new = try await Aside.run { () throws(BackendError) in try old.reopen(after: change) }
         } catch { failure = error }
         let next = new ?? old
         let notStarted = await loop.call { [self] in startStore(next) }

@@ -69,7 +69,7 @@ extension VolumeManager {
         let device = attached.device
         let late = Deadline(seconds: Self.settingTimeout)
         do throws(BackendError) {
-            let remarks = try await BlockingThread.alone {
+            let remarks = try await Aside.run {
                 late.passed
                     ? BackendError(code: ETIMEDOUT, message: "\(device.path) has I/O in flight that does not end") : nil
             } _: { () throws(BackendError) -> [String] in
@@ -120,7 +120,7 @@ extension VolumeManager {
         } catch {
             await volume.severKernel()
             do throws(BackendError) {
-                let remarks = try await BlockingThread.alone { () throws(BackendError) in try Self.disconnect(attached)
+                let remarks = try await Aside.run { () throws(BackendError) in try Self.disconnect(attached)
                 }
                 for remark in remarks { volume.logger.warning("\(remark)") }
             } catch { volume.logger.error("\(attached.device.path) is left connected: \(error.message)") }
@@ -136,7 +136,7 @@ extension VolumeManager {
     ) async throws(BackendError) {
         let size = volume.export.size
         let readOnly = volume.export.readOnly
-        let remarks = try await BlockingThread.alone { () throws(BackendError) in
+        let remarks = try await Aside.run { () throws(BackendError) in
             let device = attached.device
             guard !isOpen || device.wait(10, until: { $0.size == size }) else {
                 throw BackendError(
@@ -236,7 +236,7 @@ extension VolumeManager {
         if force { await volume?.severKernel() }
         let late = Deadline(seconds: Self.goodbyeTimeout)
         do throws(BackendError) {
-            let remarks = try await BlockingThread.alone {
+            let remarks = try await Aside.run {
                 if late.passed { await volume?.severKernel() }
                 return nil
             } _: { [claim] () throws(BackendError) in
@@ -257,7 +257,7 @@ extension VolumeManager {
         let (device, identifier) = (attached.device, attached.identifier)
         let late = Deadline(seconds: Self.usersTimeout)
         do throws(BackendError) {
-            return try await BlockingThread.alone {
+            return try await Aside.run {
                 guard late.passed else { return nil }
                 return BackendError(
                     code: ETIMEDOUT,
@@ -282,7 +282,7 @@ extension VolumeManager {
         let answers = AnswerWatch(volume)
         // A flush of what is held back would wait for it; what is not written yet is all that has to be known then.
         let state = await volume.status()?.state ?? .normal
-        return try await BlockingThread.alone {
+        return try await Aside.run {
             await answers.problem
         } _: { () throws(BackendError) in
             do throws(SystemError) {
@@ -343,7 +343,7 @@ extension VolumeManager {
         volume.attachKernel(sockets)
         let size = volume.export.size
         if settings.gate != .suspended {
-            try await BlockingThread.alone { () throws(BackendError) in try Self.grow(attached, to: size) }
+            try await Aside.run { () throws(BackendError) in try Self.grow(attached, to: size) }
         }
         try await finish(attached, volume, isOpen: settings.gate == .normal)
     }

@@ -37,7 +37,7 @@ extension VolumeManager {
                 if let reason = pending?.reason { throw reason }
                 let limit = bringUp.remaining(now: monotonicNanoseconds())
                 // A cluster may take its time, and holds up nobody else.
-                return try await BlockingThread.alone { [self] in
+                return try await Aside.run { [self] in
                     isStopping
                         ? BackendError(code: ESHUTDOWN, message: "\(name) is not opened: qbdd is stopping")
                         : pending?.reason

@@ -26,7 +26,7 @@ extension VolumeManager {
             }
             let opened = mapping.volume.opened
             let before = opened.record.size
-            let record = try await BlockingThread.alone { () throws(BackendError) in try opened.grow(to: size) }
+            let record = try await Aside.run { () throws(BackendError) in try opened.grow(to: size) }
             await mapping.volume.resized()
             if let device = mapping.device {
                 do throws(BackendError) {
@@ -52,7 +52,7 @@ extension VolumeManager {
         let name = "\(pool.name)/\(volume)"
         return try await names.run(name) { [self] () throws(BackendError) in
             try refuseLeftover(name)
-            let record = try await BlockingThread.alone { () throws(BackendError) in
+            let record = try await Aside.run { () throws(BackendError) in
                 try pool.grow(volume: volume, to: size)
             }
             logger.info("has \(record.size) bytes now", metadata: ["volume": "\(name)"])
@@ -63,7 +63,7 @@ extension VolumeManager {
     /// Gives the device the size of its volume; `/dev` has it on return, and the names of its partitions.
     private func grow(_ attached: AttachedDevice, _ volume: Volume, rescan: Bool) async throws(BackendError) {
         let size = volume.export.size
-        try await BlockingThread.alone { () throws(BackendError) in
+        try await Aside.run { () throws(BackendError) in
             try Self.grow(attached, to: size)
             guard rescan else { return }
             do throws(SystemError) { try QueueSettings(attached.device).rescanPartitions() } catch {

@@ -21,12 +21,12 @@ extension VolumeManager {
             guard snapshots.openVolumesMakeSnapshots, let mapping = mapping(name), mapping.pool === pool,
                 !mapping.options.readOnly
             else {
-                return try await BlockingThread.alone { () throws(BackendError) in
+                return try await Aside.run { () throws(BackendError) in
                     try snapshots.createSnapshot(volume: volume, snapshot: snapshot)
                 }
             }
             try await mapping.volume.exchangeStore(.snapshot(snapshot), on: blocking)
-            let all = try await BlockingThread.alone { () throws(BackendError) in
+            let all = try await Aside.run { () throws(BackendError) in
                 try snapshots.snapshots(volume: volume)
             }
             guard let made = all.first(where: { $0.name == snapshot }) else {
@@ -40,7 +40,7 @@ extension VolumeManager {
 
     package func snapshots(_ pool: any VolumePool, volume: String) async throws(BackendError) -> [SnapshotRecord] {
         let snapshots = try Self.snapshots(of: pool)
-        return try await BlockingThread.alone { () throws(BackendError) in try snapshots.snapshots(volume: volume) }
+        return try await Aside.run { () throws(BackendError) in try snapshots.snapshots(volume: volume) }
     }
 
     /// What only the snapshot needed is freed in the background.
@@ -50,7 +50,7 @@ extension VolumeManager {
         let snapshots = try Self.snapshots(of: pool)
         let name = "\(pool.name)/\(volume)"
         try await names.run(name) { () throws(BackendError) in
-            try await BlockingThread.alone { () throws(BackendError) in
+            try await Aside.run { () throws(BackendError) in
                 try snapshots.deleteSnapshot(volume: volume, snapshot: snapshot)
             }
         }
@@ -66,7 +66,7 @@ extension VolumeManager {
                 throw BackendError(code: EBUSY, message: "\(name) is mapped; unmap it first: qbd unmap \(name)")
             }
             try refuseLeftover(name)
-            try await BlockingThread.alone { () throws(BackendError) in
+            try await Aside.run { () throws(BackendError) in
                 try snapshots.rollback(volume: volume, snapshot: snapshot)
             }
         }
@@ -81,7 +81,7 @@ extension VolumeManager {
         let snapshots = try Self.snapshots(of: pool)
         let record = try await names.run("\(pool.name)/\(new)") { [self] () throws(BackendError) in
             try refuseLeftover("\(pool.name)/\(new)")
-            return try await BlockingThread.alone { () throws(BackendError) in
+            return try await Aside.run { () throws(BackendError) in
                 try snapshots.clone(volume: volume, snapshot: snapshot, to: new)
             }
         }

@@ -173,7 +173,7 @@ package final class VolumeManager: Sendable {
         let record = try await names.run(name) { [self] () throws(BackendError) in
             // It must not come to a device that was another volume's.
             try refuseLeftover(name)
-            return try await BlockingThread.alone { () throws(BackendError) in
+            return try await Aside.run { () throws(BackendError) in
                 try pool.create(volume: volume, size: size, blockSize: blockSize)
             }
         }
@@ -188,7 +188,7 @@ package final class VolumeManager: Sendable {
                 throw BackendError(code: EBUSY, message: "\(name) is mapped; unmap it first: qbd unmap \(name)")
             }
             try refuseLeftover(name)
-            try await BlockingThread.alone { () throws(BackendError) in
+            try await Aside.run { () throws(BackendError) in
                 try pool.delete(volume: volume, snapshots: snapshots)
             }
         }
@@ -197,7 +197,7 @@ package final class VolumeManager: Sendable {
     }
 
     package func volumes(_ pool: any VolumePool) async throws(BackendError) -> [VolumeRecord] {
-        try await BlockingThread.alone { () throws(BackendError) in try pool.list() }
+        try await Aside.run { () throws(BackendError) in try pool.list() }
     }
 
     // MARK: Mapping

@@ -55,7 +55,7 @@ actor PoolDirectory {
         let result: Result<DaemonConfiguration, ConfigurationError>
         do throws(BackendError) {
             result = try await reads.run(path) { () throws(BackendError) in
-                try await BlockingThread.alone { () throws(BackendError) in
+                try await Aside.run { () throws(BackendError) in
                     Self.load(path, mayBeMissing, caller)
                 }
             }
