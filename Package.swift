@@ -60,7 +60,7 @@ let package = Package(
         .target(
             name: "StoreServer",
             dependencies: [
-                "PureFlash", "LocalPool", "Backend", "NBD", "ZooKeeper", "EventLoop", "Configuration", "CLinux",
+                "PureFlash", "LocalPool", "Backend", "ZooKeeper", "EventLoop", "Configuration", "CLinux",
                 .product(name: "NIOCore", package: "swift-nio"),
                 .product(name: "NIOPosix", package: "swift-nio"),
                 .product(name: "NIOHTTP1", package: "swift-nio"),

@@ -15,11 +15,9 @@ package protocol ExportHost: ExportDirectory, AnyObject {
 
 /// A listening socket on a loop of its own: accepts, and leads each client through the handshake without waiting for
 /// any. Used on its loop's thread alone; only the reference travels.
-package final class Listener: EventSource, @unchecked Sendable {
+package final class Listener: @unchecked Sendable {
     /// Handshakes under way at a time. One more ends the oldest, so that clients that say nothing keep nobody out.
     static let maximumHandshakes = 512
-    /// Clients accepted before those that are in their handshake get their turn.
-    private static let maximumBatch = 64
     /// Seconds between two lines about handshakes that made room.
     private static let reportInterval = 10.0
     /// Seconds a client has for its handshake.
@@ -27,79 +25,34 @@ package final class Listener: EventSource, @unchecked Sendable {
 
     let loop: EventLoop
     unowned(unsafe) let host: any ExportHost
-    private let descriptor: Int32
     private let isTCP: Bool
-    private var token: EventLoop.Token?
+    private var acceptor: Acceptor?
     /// In the order of their arrival.
     private var handshakes: [HandshakeConnection] = []
     private var madeRoom = 0
     private var nextReport = Deadline(seconds: 0)
-    private var retry: LoopTimer?
-    private var listening = false
 
     /// Takes over a listening socket; on the loop's thread.
     /// - Parameter host: outlives the listener.
     package init(loop: EventLoop, descriptor: Int32, isTCP: Bool, host: any ExportHost) throws(SystemError) {
         self.loop = loop
         self.host = host
-        self.descriptor = descriptor
         self.isTCP = isTCP
-        retry = LoopTimer(loop: loop) { [unowned self] in resumeAccepting() }
-        token = try loop.add(descriptor, events: EPOLLIN.rawValue, source: self)
-        listening = true
+        acceptor = try Acceptor(loop: loop, descriptor: descriptor) { [unowned self] client, peer in
+            // Two minutes: a client that loses an idle connection may not make another one.
+            if self.isTCP { ListeningSocket.watch(client, idle: 60, interval: 12) }
+            begin(client, peer: peer)
+        } failed: { [unowned self] in
+            self.host.listenerEvent($0)
+        }
     }
 
     /// Stops listening and drops clients that are still in their handshake; on the loop's thread.
     package func close() {
-        retry?.cancel()
-        retry = nil
-        if let token { loop.remove(token, descriptor: descriptor) }
-        token = nil
-        Glibc.close(descriptor)
+        acceptor?.close()
+        acceptor = nil
         for connection in handshakes { connection.close() }
         handshakes = []
-    }
-
-    package func ready(events: UInt32) {
-        // What waits in the backlog is told again.
-        for _ in 0..<Self.maximumBatch where listening {
-            var address = sockaddr_storage()
-            var length = socklen_t(MemoryLayout<sockaddr_storage>.size)
-            let client = withUnsafeMutablePointer(to: &address) { storage in
-                storage.withMemoryRebound(to: sockaddr.self, capacity: 1) {
-                    accept4(
-                        descriptor, __SOCKADDR_ARG(__sockaddr__: $0), &length,
-                        Int32(SOCK_CLOEXEC.rawValue | SOCK_NONBLOCK.rawValue))
-                }
-            }
-            guard client >= 0 else { return acceptFailed(errno) }
-            // Two minutes: a client that loses an idle connection may not make another one.
-            if isTCP { ListeningSocket.watch(client, idle: 60, interval: 12) }
-            begin(client, peer: isTCP ? describe(&address) : "unix")
-        }
-    }
-
-    private func acceptFailed(_ code: Int32) {
-        switch code {
-        case EAGAIN, EINTR, ECONNABORTED: return
-        default:
-            // EMFILE, ENFILE, ENOMEM: the client waits in the backlog; asking again at once would spin.
-            host.listenerEvent("cannot accept a client: \(errnoText(code)); trying again in 100 ms")
-            pauseAccepting()
-            retry?.arm(after: 100_000_000)
-        }
-    }
-
-    private func pauseAccepting() {
-        guard let token, listening else { return }
-        listening = false
-        loop.modify(token, descriptor: descriptor, events: 0)
-    }
-
-    private func resumeAccepting() {
-        guard let token, !listening else { return }
-        listening = true
-        loop.modify(token, descriptor: descriptor, events: EPOLLIN.rawValue)
     }
 
     private func begin(_ client: Int32, peer: String) {
@@ -129,24 +82,6 @@ package final class Listener: EventSource, @unchecked Sendable {
     func ended(_ connection: HandshakeConnection) {
         handshakes.removeAll { $0 === connection }
         host.handshakesChanged(handshakes.count)
-    }
-
-    private func describe(_ address: inout sockaddr_storage) -> String {
-        var host = [CChar](repeating: 0, count: Int(NI_MAXHOST))
-        var port = [CChar](repeating: 0, count: Int(NI_MAXSERV))
-        let length = socklen_t(MemoryLayout<sockaddr_storage>.size)
-        let code = withUnsafePointer(to: &address) { storage in
-            storage.withMemoryRebound(to: sockaddr.self, capacity: 1) {
-                getnameinfo(
-                    $0, length, &host, socklen_t(host.count), &port, socklen_t(port.count),
-                    NI_NUMERICHOST | NI_NUMERICSERV)
-            }
-        }
-        guard code == 0 else { return "tcp" }
-        let text = [host, port].map { field in
-            String(decoding: field.prefix { $0 != 0 }.map { UInt8(bitPattern: $0) }, as: UTF8.self)
-        }
-        return text.joined(separator: ":")
     }
 }
 

@@ -2,27 +2,23 @@ import CLinux
 import EventLoop
 import Glibc
 import Logging
-import NBD
 import PureFlash
 
 /// Accepts data connections and takes their handshakes, on a loop of its own. A connection that is not done within its
 /// time is closed; when there are too many, the one that waits longest goes.
-final class DataListener: EventSource, @unchecked Sendable {
+final class DataListener: @unchecked Sendable {
     private static let maximumHandshakes = 512
     /// Seconds from connecting to a whole handshake.
     static let handshakeTimeout: UInt64 = 10
     /// Milliseconds a client may be silent or take nothing; it connects again when it was not gone.
     private static let silence: Int32 = 30_000
-    /// Connections taken in one turn.
-    private static let batch = 64
 
     let loop: EventLoop
     private let descriptor: Int32
     private let volume: @Sendable (UInt64) -> StoreVolume?
     let faults: Faults?
     let logger: Logger
-    private var token: EventLoop.Token?
-    private var retry: LoopTimer?
+    private var acceptor: Acceptor?
     /// Oldest first.
     private var pending: [PendingHandshake] = []
 
@@ -44,9 +40,12 @@ final class DataListener: EventSource, @unchecked Sendable {
 
     func start() async throws(SystemError) {
         let failure = await loop.call { [self] () -> SystemError? in
-            retry = LoopTimer(loop: loop) { [unowned self] in listen(to: EPOLLIN.rawValue) }
             do throws(SystemError) {
-                token = try loop.add(descriptor, events: EPOLLIN.rawValue, source: self)
+                acceptor = try Acceptor(loop: loop, descriptor: descriptor) { [unowned self] client, peer in
+                    begin(client, peer: peer)
+                } failed: { [unowned self] in
+                    logger.warning("\($0)")
+                }
                 return nil
             } catch { return error }
         }
@@ -55,51 +54,12 @@ final class DataListener: EventSource, @unchecked Sendable {
 
     func stop() async {
         _ = await loop.call { [self] in
-            if let token { loop.remove(token, descriptor: descriptor) }
-            token = nil
-            retry?.cancel()
+            if let acceptor { acceptor.close() } else { Glibc.close(descriptor) }
+            acceptor = nil
             for handshake in pending { handshake.close() }
             pending = []
         }
         loop.stop()
-        Glibc.close(descriptor)
-    }
-
-    private func listen(to events: UInt32) {
-        guard let token else { return }
-        loop.modify(token, descriptor: descriptor, events: events)
-    }
-
-    func ready(events: UInt32) {
-        for _ in 0..<Self.batch {
-            var address = sockaddr_in()
-            var length = socklen_t(MemoryLayout<sockaddr_in>.size)
-            let client = withUnsafeMutablePointer(to: &address) { storage in
-                storage.withMemoryRebound(to: sockaddr.self, capacity: 1) {
-                    accept4(
-                        descriptor, __SOCKADDR_ARG(__sockaddr__: $0), &length,
-                        Int32(SOCK_CLOEXEC.rawValue | SOCK_NONBLOCK.rawValue))
-                }
-            }
-            guard client >= 0 else { return acceptFailed(errno) }
-            begin(client, peer: Self.describe(address))
-        }
-    }
-
-    private func acceptFailed(_ code: Int32) {
-        switch code {
-        case EAGAIN, EINTR, ECONNABORTED: return
-        default:
-            // EMFILE, ENFILE, ENOMEM: the client waits in the backlog; asking again at once would spin.
-            logger.warning("cannot accept a client: \(errnoText(code)); trying again in 100 ms")
-            listen(to: 0)
-            retry?.arm(after: 100_000_000)
-        }
-    }
-
-    private static func describe(_ address: sockaddr_in) -> String {
-        let host = withUnsafeBytes(of: address.sin_addr.s_addr) { $0.map { "\($0)" }.joined(separator: ".") }
-        return "\(host):\(UInt16(bigEndian: address.sin_port))"
     }
 
     private func begin(_ client: Int32, peer: String) {

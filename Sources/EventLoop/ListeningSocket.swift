@@ -1,5 +1,4 @@
 import CLinux
-import EventLoop
 import Glibc
 
 /// Sockets to listen on. All calls may block (name resolution); none on a loop.
