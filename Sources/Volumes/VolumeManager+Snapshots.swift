@@ -61,14 +61,8 @@ extension VolumeManager {
     package func rollback(_ pool: any VolumePool, volume: String, snapshot: String) async throws(BackendError) {
         let snapshots = try Self.snapshots(of: pool)
         let name = "\(pool.name)/\(volume)"
-        try await names.run(name) { [self] () throws(BackendError) in
-            if let mapping = mapping(name), mapping.pool === pool {
-                throw BackendError(code: EBUSY, message: "\(name) is mapped; unmap it first: qbd unmap \(name)")
-            }
-            try refuseLeftover(name)
-            try await Aside.run { () throws(BackendError) in
-                try snapshots.rollback(volume: volume, snapshot: snapshot)
-            }
+        try await changeUnmapped(pool, name) { () throws(BackendError) in
+            try snapshots.rollback(volume: volume, snapshot: snapshot)
         }
         logger.info("rolled back", metadata: ["volume": "\(name)@\(snapshot)"])
         tidy(pool)

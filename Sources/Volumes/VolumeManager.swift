@@ -183,17 +183,24 @@ package final class VolumeManager: Sendable {
 
     package func delete(_ pool: any VolumePool, volume: String, snapshots: Bool = false) async throws(BackendError) {
         let name = "\(pool.name)/\(volume)"
+        try await changeUnmapped(pool, name) { () throws(BackendError) in
+            try pool.delete(volume: volume, snapshots: snapshots)
+        }
+        logger.info("deleted", metadata: ["volume": "\(name)"])
+        tidy(pool)
+    }
+
+    /// Changes a volume that is not mapped, and that no device left behind stands for.
+    func changeUnmapped(
+        _ pool: any VolumePool, _ name: String, _ change: @escaping @Sendable () throws(BackendError) -> Void
+    ) async throws(BackendError) {
         try await names.run(name) { [self] () throws(BackendError) in
             if let mapping = mapping(name), mapping.pool === pool {
                 throw BackendError(code: EBUSY, message: "\(name) is mapped; unmap it first: qbd unmap \(name)")
             }
             try refuseLeftover(name)
-            try await Aside.run { () throws(BackendError) in
-                try pool.delete(volume: volume, snapshots: snapshots)
-            }
+            try await Aside.run(change)
         }
-        logger.info("deleted", metadata: ["volume": "\(name)"])
-        tidy(pool)
     }
 
     package func volumes(_ pool: any VolumePool) async throws(BackendError) -> [VolumeRecord] {

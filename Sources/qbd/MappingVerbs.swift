@@ -135,10 +135,7 @@ struct Unmap: VerbCommand {
         var status: MappingStatus?
         if common.verbose {
             // Why there is nothing to tell, the answer to the unmap says.
-            do throws(Failure) {
-                status = try await mapper.ask(
-                    InfoRequest(volume: entry.fullName, config: config), for: .unmap)
-            } catch {}
+            status = try? await mapper.ask(InfoRequest(volume: entry.fullName, config: config), for: .unmap)
         }
         do throws(Failure) {
             problems = try await mapper.unmap(entry, force: force).problems
