@@ -140,25 +140,116 @@ def run(command, timeout=60, **options):
     )
 
 
-class Daemon:
+class Server:
+    """A process that serves, in a folder of its own, and its log. Subclasses say when it `accepts`."""
+
+    def __init__(self, executable, root="/tmp"):
+        self.executable = executable
+        self.name = os.path.basename(executable)
+        # Short, because a Unix socket's path has at most 107 bytes.
+        self.directory = pathlib.Path(tempfile.mkdtemp(prefix="qbd-", dir=root))
+        self.log_path = self.directory / "log"
+        self.process = None
+        # Set by a test that ends it itself or expects disasters in its log.
+        self.expected_to_run = True
+
+    def launch(self, options, variables):
+        """Starts it and returns when it accepts."""
+        self.expected_to_run = True
+        with open(self.log_path, "ab") as log:
+            self.process = subprocess.Popen(
+                [self.executable, *options],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.directory,
+                env=environment(**variables),
+            )
+        wait_for(lambda: self.accepts() or not self.alive, f"{self.name} accepts", pause=0.002)
+        assert self.alive, f"{self.name} ended at its start with {self.process.returncode}:\n{self.log()}"
+        return self
+
+    @property
+    def alive(self):
+        return self.process is not None and self.process.poll() is None
+
+    @property
+    def pid(self):
+        return self.process.pid
+
+    def stop(self, seconds=10):
+        """Asks it to end, as systemd does, and asserts that it ends cleanly."""
+        assert self.alive, f"{self.name} was not running any more:\n{self.log()}"
+        self.process.send_signal(signal.SIGTERM)
+        self.wait_exit(seconds)
+
+    def wait_exit(self, seconds=10):
+        try:
+            status = self.process.wait(seconds * SLOWNESS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"{self.name} did not end within {seconds * SLOWNESS} s of SIGTERM") from None
+        self.expected_to_run = False
+        assert status == 0, f"{self.name} ended with status {status} after SIGTERM:\n{self.log()}"
+
+    def kill(self):
+        """kill -9."""
+        self.expected_to_run = False
+        self.process.kill()
+        self.process.wait()
+
+    def finish(self):
+        """The end of a test: it lives unless the test ended it, ends with 0, and logged no disaster."""
+        try:
+            if self.process is not None and self.expected_to_run:
+                assert self.alive, f"{self.name} died, status {self.process.returncode}:\n{self.log()}"
+                self.stop()
+            bad = [line for line in self.log().splitlines() if DISASTER.search(line)]
+            assert not bad, "the log has\n" + "\n".join(bad)
+        finally:
+            if self.alive:
+                self.kill()
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def log(self):
+        with contextlib.suppress(FileNotFoundError):
+            return self.log_path.read_text(errors="replace")
+        return ""
+
+    # What the kernel knows of the process
+
+    def resident(self):
+        """Resident memory in bytes."""
+        return self._status("VmRSS") * KiB
+
+    def threads(self):
+        return self._status("Threads")
+
+    def descriptors(self):
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def _status(self, key):
+        with open(f"/proc/{self.pid}/status") as file:
+            for line in file:
+                if line.startswith(key + ":"):
+                    return int(line.split()[1])
+        raise KeyError(key)
+
+
+class Daemon(Server):
     """One qbdd with two pools, `disk` (type=local) and `ram` (type=memory)."""
 
     POOLS = ("disk", "ram")
 
-    def __init__(self, tcp=False, configuration=""):
-        # Short, because a Unix socket's path has at most 107 bytes.
-        self.directory = pathlib.Path(tempfile.mkdtemp(prefix="qbd-", dir="/tmp"))
+    def __init__(self, tcp=False, configuration="", root="/tmp", pool_path=None):
+        super().__init__(QBDD, root)
         self.socket = self.directory / "ctl.sock"
         self.nbd_socket = self.directory / "nbd.sock"
         self.config = self.directory / "qbd.conf"
         self.state = self.directory / "state"
-        self.pool_path = self.directory / "pool"
-        self.log_path = self.directory / "qbdd.log"
-        self.pool_path.mkdir()
+        self.pool_path = pathlib.Path(pool_path or self.directory / "pool")
+        self.pool_path.mkdir(exist_ok=True)
         self.state.mkdir()
-        self.process = None
-        # Set by a test that ends the daemon itself or expects disasters in its log.
-        self.expected_to_run = True
         self.port = free_port() if tcp else None
         text = f"[pool.disk]\ntype=local\npath={self.pool_path}\n\n[pool.ram]\ntype=memory\n"
         if self.port:
@@ -185,19 +276,7 @@ class Daemon:
 
     def start(self, options=None, variables=None):
         """Starts the daemon and returns when its control socket accepts."""
-        self.expected_to_run = True
-        with open(self.log_path, "ab") as log:
-            self.process = subprocess.Popen(
-                [QBDD] + (self.options if options is None else options),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self.directory,
-                env=environment(**(variables or {})),
-            )
-        wait_for(lambda: self.accepts() or not self.alive, "qbdd accepts on its control socket", pause=0.002)
-        assert self.alive, f"qbdd ended at its start with {self.process.returncode}:\n{self.log()}"
-        return self
+        return self.launch(self.options if options is None else options, variables or {})
 
     def accepts(self):
         with socket.socket(socket.AF_UNIX) as probe:
@@ -206,53 +285,6 @@ class Daemon:
                 return True
             except OSError:
                 return False
-
-    @property
-    def alive(self):
-        return self.process is not None and self.process.poll() is None
-
-    @property
-    def pid(self):
-        return self.process.pid
-
-    def stop(self, seconds=10):
-        """Asks the daemon to end, as systemd does, and asserts that it ends cleanly."""
-        assert self.alive, f"qbdd was not running any more:\n{self.log()}"
-        self.process.send_signal(signal.SIGTERM)
-        self.wait_exit(seconds)
-
-    def wait_exit(self, seconds=10):
-        try:
-            status = self.process.wait(seconds * SLOWNESS)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise AssertionError(f"qbdd did not end within {seconds * SLOWNESS} s of SIGTERM") from None
-        self.expected_to_run = False
-        assert status == 0, f"qbdd ended with status {status} after SIGTERM:\n{self.log()}"
-
-    def kill(self):
-        """kill -9."""
-        self.expected_to_run = False
-        self.process.kill()
-        self.process.wait()
-
-    def finish(self):
-        """The end of a test: the daemon lives unless the test ended it, ends with 0, and logged no disaster."""
-        try:
-            if self.process is not None and self.expected_to_run:
-                assert self.alive, f"qbdd died, status {self.process.returncode}:\n{self.log()}"
-                self.stop()
-            bad = [line for line in self.log().splitlines() if DISASTER.search(line)]
-            assert not bad, "the log has\n" + "\n".join(bad)
-        finally:
-            if self.alive:
-                self.kill()
-            shutil.rmtree(self.directory, ignore_errors=True)
-
-    def log(self):
-        with contextlib.suppress(FileNotFoundError):
-            return self.log_path.read_text(errors="replace")
-        return ""
 
     # The command
 
@@ -301,25 +333,6 @@ class Daemon:
     def used(self):
         """Bytes that the pool's directory takes on its file system."""
         return sum(path.stat().st_blocks * 512 for path in self.pool_path.rglob("*") if path.is_file())
-
-    # What the kernel knows of the process
-
-    def resident(self):
-        """Resident memory in bytes."""
-        return self._status("VmRSS") * KiB
-
-    def threads(self):
-        return self._status("Threads")
-
-    def descriptors(self):
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
-
-    def _status(self, key):
-        with open(f"/proc/{self.pid}/status") as file:
-            for line in file:
-                if line.startswith(key + ":"):
-                    return int(line.split()[1])
-        raise KeyError(key)
 
 
 def free_port():

@@ -5,17 +5,12 @@ Names and numbers are those of the engine; everything is little-endian.
 
 import json
 import os
-import pathlib
-import shutil
-import signal
 import socket
 import struct
-import subprocess
-import tempfile
 import urllib.parse
 import urllib.request
 
-from harness import BIN, DISASTER, SLOWNESS, environment, free_port, wait_for
+from harness import BIN, SLOWNESS, Server, free_port
 
 STORE = str((BIN / "qbd-store").resolve())
 
@@ -121,15 +116,14 @@ def addresses(count):
     return [f"127.{base}.{number // 250}.{number % 250 + 1}" for number in range(first, first + count)]
 
 
-class Store:
+class Store(Server):
     """One qbd-store with two pools, `disk` (type=local) and `ram` (type=memory)."""
 
     def __init__(self, address=None, ports=None, stores=None, conductor=True, faults=True, options=()):
+        super().__init__(STORE)
         self.address = address or addresses(1)[0]
         # The ports are the same at all stores of a cluster, which differ by their addresses.
         self.data_port, self.conductor_port, self.store_port = ports or (free_port(), free_port(), free_port())
-        self.directory = pathlib.Path(tempfile.mkdtemp(prefix="qbd-store-", dir="/tmp"))
-        self.log_path = self.directory / "log"
         self.pool_path = self.directory / "pool"
         self.config = self.directory / "qbd.conf"
         self.config.write_text(f"[pool.disk]\ntype=local\npath={self.pool_path}\n\n[pool.ram]\ntype=memory\n")
@@ -140,66 +134,17 @@ class Store:
             *(["--allow-faults"] if faults else []), *options,
         ]  # fmt: skip
         self.control_port = self.conductor_port if conductor else self.store_port
-        self.process = None
-        self.expected_to_run = True
 
     @property
     def ports(self):
         return self.data_port, self.conductor_port, self.store_port
 
     def start(self, **variables):
-        self.expected_to_run = True
-        with open(self.log_path, "ab") as log:
-            self.process = subprocess.Popen(
-                [STORE, *self.options], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                env=environment(**variables),
-            )  # fmt: skip
-        wait_for(lambda: self.accepts() or not self.alive, "qbd-store accepts")
-        assert self.alive, f"qbd-store ended at its start with {self.process.returncode}:\n{self.log()}"
-        return self
+        return self.launch(self.options, variables)
 
     def accepts(self):
         with socket.socket() as probe:
             return probe.connect_ex((self.address, self.control_port)) == 0
-
-    @property
-    def alive(self):
-        return self.process is not None and self.process.poll() is None
-
-    def kill(self):
-        self.expected_to_run = False
-        self.process.kill()
-        self.process.wait()
-
-    def stop(self, seconds=10):
-        self.process.send_signal(signal.SIGTERM)
-        status = self.process.wait(seconds * SLOWNESS)
-        self.expected_to_run = False
-        assert status == 0, f"qbd-store ended with {status}:\n{self.log()}"
-
-    def finish(self):
-        """The end of a test: the store lives unless the test ended it, ends with 0, and logged no disaster."""
-        try:
-            if self.process is not None and self.expected_to_run:
-                assert self.alive, f"qbd-store died, status {self.process.returncode}:\n{self.log()}"
-                self.stop()
-            bad = [line for line in self.log().splitlines() if DISASTER.search(line)]
-            assert not bad, "the log has\n" + "\n".join(bad)
-        finally:
-            if self.alive:
-                self.kill()
-            shutil.rmtree(self.directory, ignore_errors=True)
-
-    def log(self):
-        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
-
-    def descriptors(self):
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
-
-    def resident(self):
-        """Bytes."""
-        with open(f"/proc/{self.process.pid}/statm") as file:
-            return int(file.read().split()[1]) * 4096
 
     # The conductor
 

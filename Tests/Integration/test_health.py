@@ -85,17 +85,23 @@ def test_where_it_is_shown(daemon):
     assert re.search(r"^health: +idle since 20", daemon.qbd("info", "disk/foo").succeeded().out, re.MULTILINE)
 
 
-def test_slow_request_is_told_once_and_counted(new_daemon):
-    daemon = new_daemon(configuration="\n[client]\nslow_io_ms=100\n")
-    daemon.start()
-    daemon.volume("ram/foo")
-    daemon.qbd("throttle", "ram/foo", "-t", "write_iops=1", "--burst", "1").succeeded()
+def write_three(daemon):
+    """Three writes at once to ram/foo, all answered; the session."""
     session = connect(daemon, "ram/foo")
     pending = {}
     for index in range(3):
         pending[session.request(CMD_WRITE, index * BLOCK, payload=b"x" * BLOCK)] = (CMD_WRITE, index * BLOCK, BLOCK)
     while pending:
         assert session.answer(pending).error == 0
+    return session
+
+
+def test_slow_request_is_told_once_and_counted(new_daemon):
+    daemon = new_daemon(configuration="\n[client]\nslow_io_ms=100\n")
+    daemon.start()
+    daemon.volume("ram/foo")
+    daemon.qbd("throttle", "ram/foo", "-t", "write_iops=1", "--burst", "1").succeeded()
+    session = write_three(daemon)
     counters = daemon.json("info", "ram/foo")["counters"]
     assert counters["slow"] == 2
     lines = [line for line in daemon.log().splitlines() if " slow: " in line]
@@ -116,12 +122,7 @@ def test_slowness_is_of_the_configuration_of_the_map(daemon):
     other.write_text("[pool.ram]\ntype=memory\n[client]\nslow_io_ms=50\n")
     daemon.qbd("create", "ram/foo", "-k", "1M", "-c", other).succeeded()
     daemon.qbd("map", "ram/foo", "--export", "-c", other, "--write-iops", "5", "--burst", "1").succeeded()
-    session = connect(daemon, "ram/foo")
-    pending = {}
-    for index in range(3):
-        pending[session.request(CMD_WRITE, index * BLOCK, payload=b"x" * BLOCK)] = (CMD_WRITE, index * BLOCK, BLOCK)
-    while pending:
-        assert session.answer(pending).error == 0
+    write_three(daemon)
     # By the default, 2000 ms, none would be.
     assert daemon.json("info", "ram/foo")["counters"]["slow"] == 2
 

@@ -73,7 +73,6 @@ def deadline(request, kernel_log):
 
     def expired():
         for daemon in live:
-            daemon.timed_out = True
             if daemon.alive:
                 daemon.kill()
 

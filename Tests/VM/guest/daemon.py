@@ -6,7 +6,6 @@ import os
 import pathlib
 import re
 import signal
-import tempfile
 import time
 
 from harness import Daemon as BaseDaemon
@@ -29,25 +28,14 @@ class Daemon(BaseDaemon):
     """Its pool `disk` is a directory of the scratch disk's file system, its pool `ram` is memory."""
 
     def __init__(self, connections=None, reattach_timeout=None, configuration="", pool_path=None):
-        self.directory = pathlib.Path(tempfile.mkdtemp(prefix="qbd-", dir=SCRATCH))
-        self.socket = self.directory / "ctl.sock"
-        self.nbd_socket = self.directory / "nbd.sock"
-        self.config = self.directory / "qbd.conf"
-        self.state = self.directory / "state"
-        self.pool_path = pathlib.Path(pool_path) if pool_path else self.directory / "pool"
-        self.log_path = self.directory / "qbdd.log"
-        self.pool_path.mkdir(exist_ok=True)
-        self.state.mkdir()
-        self.process = None
-        self.timed_out = False
-        self.expected_to_run = True
-        self.port = None
-        text = f"[pool.disk]\ntype=local\npath={self.pool_path}\n\n[pool.ram]\ntype=memory\n\n[nbd]\n"
+        super().__init__(root=SCRATCH, pool_path=pool_path)
+        text = "\n[nbd]\n"
         if connections:
             text += f"connections={connections}\n"
         if reattach_timeout:
             text += f"reattach_timeout={reattach_timeout}\n"
-        self.config.write_text(text + configuration)
+        with open(self.config, "a") as config:
+            config.write(text + configuration)
 
     # The process
 
