@@ -142,13 +142,19 @@ package final class VolumeManager: Sendable {
     private func listen(
         isTCP: Bool, _ open: @escaping @Sendable () throws(SystemError) -> Int32
     ) async throws(BackendError) -> Int32 {
+        // Looking a name up may take its time.
+        let descriptor = try await Aside.run { () throws(BackendError) in
+            do throws(SystemError) { return try open() } catch { throw BackendError(error) }
+        }
         do throws(SystemError) {
-            let descriptor = try await blocking.run(open)
             let result = await listenerLoop.call { [listenerLoop, registry] () -> Result<Listener, SystemError> in
                 do throws(SystemError) {
                     return .success(
                         try Listener(loop: listenerLoop, descriptor: descriptor, isTCP: isTCP, host: registry))
-                } catch { return .failure(error) }
+                } catch {
+                    Glibc.close(descriptor)
+                    return .failure(error)
+                }
             }
             guard let result else { throw SystemError(code: ESHUTDOWN, operation: "listen for NBD clients") }
             let listener = try result.get()
@@ -208,6 +214,9 @@ package final class VolumeManager: Sendable {
     }
 
     // MARK: Mapping
+
+    /// Volumes are mapped, or devices of an earlier daemon wait for theirs.
+    package var hasMappings: Bool { state.withLock { !$0.mappings.isEmpty || !$0.leftovers.isEmpty } }
 
     func mapping(_ name: String) -> Mapping? { state.withLock { $0.mappings[name] } }
 

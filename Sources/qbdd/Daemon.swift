@@ -8,6 +8,9 @@ import Volumes
 
 /// The daemon's life, from its first socket to its last.
 enum Daemon {
+    /// Seconds between two tries to listen on an address that was not to be had.
+    private static let listenPause: UInt64 = 2
+
     static func run(_ options: Options, _ signals: Signals, _ logger: Logger) async throws(ControlError) {
         raiseDescriptorLimit(logger)
         let pools = PoolDirectory(defaultPath: options.isConfigNamed ? nil : options.configPath, logger: logger)
@@ -30,6 +33,8 @@ enum Daemon {
                 throw BackendError(code: error.code, message: error.message)
             }
         }
+        let listening = try await listen(manager, configuration, options, logger)
+        defer { listening?.cancel() }
         // What an earlier daemon did not get done.
         for name in configuration.pools.keys.sorted() {
             do throws(ControlError) {
@@ -74,12 +79,36 @@ enum Daemon {
             do throws(BackendError) { try await manager.start() } catch {
                 throw ControlError(error).advising("--nbd-socket")
             }
-            if let listen = configuration.nbd.listen { try await serve(manager, at: listen, options, logger) }
         } catch {
             await manager.shutdown()
             throw error
         }
         return manager
+    }
+
+    /// Listens on the TCP address that is configured. Where devices were taken over, one that is not to be had, because
+    /// the network is not up or somebody else has the port, does not end them: it is tried again.
+    /// - Returns: what tries, where that is needed.
+    private static func listen(
+        _ manager: VolumeManager, _ configuration: DaemonConfiguration, _ options: Options, _ logger: Logger
+    ) async throws(ControlError) -> Task<Void, Never>? {
+        guard let address = configuration.nbd.listen else { return nil }
+        do throws(ControlError) {
+            try await serve(manager, at: address, options, logger)
+            return nil
+        } catch {
+            guard manager.hasMappings else {
+                await manager.shutdown()
+                throw error
+            }
+            logger.error("\(error.message); trying again every \(listenPause) s")
+        }
+        return Task {
+            // Cancelled when the daemon stops.
+            while (try? await Task.sleep(nanoseconds: listenPause * 1_000_000_000)) != nil {
+                if (try? await serve(manager, at: address, options, logger)) != nil { return }
+            }
+        }
     }
 
     private static func serve(

@@ -140,6 +140,20 @@ def test_tcp_port_taken(new_daemon):
         start_fails(daemon, f"{daemon.config}: [nbd] listen = 127.0.0.1:{daemon.port}", "port that is free")
 
 
+def test_tcp_port_taken_does_not_end_what_is_mapped(new_daemon):
+    daemon = new_daemon(tcp=True).start()
+    uri = daemon.volume("disk/foo", MiB)
+    daemon.kill()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", daemon.port))
+        other.listen()
+        daemon.start()
+        run(["nbdinfo", uri]).succeeded()
+        assert "port that is free; trying again every 2 s" in daemon.log()
+    tcp = f"nbd://127.0.0.1:{daemon.port}/disk/foo"
+    wait_for(lambda: run(["nbdinfo", tcp]).status == 0, "it listens when it can", pause=0.2)
+
+
 @pytest.mark.parametrize("host, word", [("192.0.2.77", "assign"), ("nosuchhost.invalid", "name")])
 def test_tcp_address_of_another_host(new_daemon, host, word):
     daemon = new_daemon(configuration=f"[nbd]\nlisten={host}:10809\n")
