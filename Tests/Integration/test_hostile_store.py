@@ -131,7 +131,7 @@ def test_hostile_stores():
             for name, handle in handles.items():
                 assert handle.pread(65536, MiB) == b"n" * 65536
             resident.append(daemon.resident())
-        assert resident[-1] < resident[0] + 24 * MiB, f"memory grows: {resident}"
+        assert resident[-1] < resident[0] + (96 if SANITIZER else 24) * MiB, f"memory grows: {resident}"
         overlaps = {name: volume.overlaps for name, volume in cluster.volumes.items() if volume.overlaps}
         assert not overlaps, f"connected again before the last connection was closed: {overlaps}"
         log = daemon.log().splitlines()
