@@ -32,6 +32,9 @@ package final class Session: EventSource {
     package static let maximumInFlight = 128
     /// Payload and read data a session may hold at a time, unless one request alone is larger.
     static let maximumHeldBytes = 16 << 20
+    /// Bytes of replies that wait in a Unix socket. With the usual 208 KiB a client that takes large ones runs dry before
+    /// there are more: the kernel says that there is room when three quarters of it are empty.
+    private static let sendBuffer: Int32 = 512 << 10
     /// Nanoseconds: what going to sleep and waking up cost, and a sleep that was not worth it.
     static let pollTime: UInt64 = 20_000
     static let shortSleep: UInt64 = 250_000
@@ -99,8 +102,12 @@ package final class Session: EventSource {
         self.target = target
         var domain: Int32 = 0
         var size = socklen_t(MemoryLayout<Int32>.size)
+        // sendfile(2) has no flag for it.
+        let flags = fcntl(descriptor, F_GETFL)
+        if flags >= 0, flags & O_NONBLOCK == 0 { _ = fcntl(descriptor, F_SETFL, flags | O_NONBLOCK) }
         isLocal = getsockopt(descriptor, SOL_SOCKET, SO_DOMAIN, &domain, &size) == 0 && domain == AF_UNIX
         mayRest = isLocal
+        if isLocal { SendBuffer.enlarge(descriptor, to: Self.sendBuffer) }
     }
 
     /// Begins to serve. Throws what the loop says of the descriptor, and then has closed it.
@@ -186,6 +193,17 @@ package final class Session: EventSource {
 
     /// Called by the volume when the loop was quiet for a while: gives the memory of an idle connection back.
     package func releaseIdleMemory() { input.releaseIdleMemory() }
+
+    /// Replies that are not out, or not as a whole, in their order.
+    package var unsent: [UnsafeMutablePointer<Request>] {
+        var replies: [UnsafeMutablePointer<Request>] = []
+        var next = firstReply
+        while let reply = next {
+            replies.append(reply)
+            next = reply.pointee.next
+        }
+        return replies
+    }
 
     // MARK: Slots
 

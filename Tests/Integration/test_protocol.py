@@ -1178,3 +1178,28 @@ def test_libnbd_read_only(server, pool):
     assert refused(handle.zero, 512, 0) == errno.EPERM
     assert handle.pread(512, 0) == bytes(512)
     handle.shutdown()
+
+
+@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
+def test_large_replies_in_pieces_of_any_size(new_daemon, tcp):
+    """The client takes what it has asked for in pieces of its own, and sends on meanwhile."""
+    daemon = new_daemon(tcp=True).start()
+    size = 16 * MiB
+    daemon.volume("disk/foo", size)
+    chance = random.Random(1)
+    data = chance.randbytes(size)
+    with Session(("127.0.0.1", daemon.port) if tcp else daemon.nbd_socket) as session:
+        session.greet().go("disk/foo", structured=True)
+        for offset in range(0, size, 4 * MiB):
+            assert session.call(CMD_WRITE, offset, payload=data[offset : offset + 4 * MiB]).error == 0
+        session.piece = 7001
+        pending, order = {}, {}
+        for _ in range(200):
+            while len(pending) < 8:
+                length = chance.choice([512, 4096, 32 * KiB, 33 * KiB, 128 * KiB, 1 * MiB])
+                offset = chance.randrange(0, (size - length) // 512 + 1) * 512
+                cookie = session.request(CMD_READ, offset, length)
+                pending[cookie] = order[cookie] = (CMD_READ, offset, length)
+            answer = session.answer(pending)
+            _, offset, length = order[answer.cookie]
+            assert answer.error == 0 and answer.data == data[offset : offset + length], f"{length} bytes at {offset}"

@@ -14,6 +14,7 @@ import nbd
 import pytest
 
 from harness import QBD, KiB, MiB, SANITIZER, SLOWNESS, environment, run, wait_for
+from wire import CMD_READ, Session
 
 CLUSTER = 64 * KiB
 
@@ -453,6 +454,30 @@ def test_snapshot_of_a_suspended_volume(daemon):
 
 
 @pytest.mark.deadline(120)
+def test_replies_that_nobody_takes_outlive_the_store(daemon):
+    """Large reads are sent from the volume's file. What is still to be sent when another takes its place keeps its data."""
+    size, each = 8 * MiB, MiB
+    uri = daemon.volume("disk/a", size)
+    handle = nbd.NBD()
+    handle.connect_uri(uri)
+    data = os.urandom(size)
+    handle.pwrite(data, 0)
+    with Session(daemon.nbd_socket) as session:
+        session.greet().go("disk/a", structured=True)
+        pending = {session.request(CMD_READ, offset, each): (CMD_READ, offset, each) for offset in range(0, size, each)}
+        # The socket takes some of it.
+        wait_for(lambda: daemon.json("info", "disk/a")["counters"]["in_flight"] > len(pending) / 2, "they are answered")
+        daemon.qbd("snapshot", "create", "disk/a@s").succeeded()
+        handle.pwrite(bytes(size), 0)
+        order = dict(pending)
+        while pending:
+            answer = session.answer(pending)
+            _, offset, _ = order[answer.cookie]
+            assert answer.error == 0 and answer.data == data[offset : offset + each], f"the reply to {offset}"
+    assert handle.pread(size, 0) == bytes(size)
+    handle.shutdown()
+
+
 def test_twenty_deep(daemon):
     uri = daemon.volume("disk/a", 16 * MiB)
     model = Model(16 * MiB, 11)

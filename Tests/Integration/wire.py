@@ -102,6 +102,8 @@ class Session:
         self.socket = socket.socket(socket.AF_UNIX if unix else socket.AF_INET)
         self.socket.settimeout(timeout * SLOWNESS)
         self.socket.connect(str(address) if unix else address)
+        # Most bytes that are taken from the socket at a time.
+        self.piece = 1 << 20
         self.structured = False
         self.context = None
         self.cookies = 0x1122334455000000
@@ -126,7 +128,7 @@ class Session:
         parts = []
         while length:
             try:
-                part = self.socket.recv(min(length, 1 << 20))
+                part = self.socket.recv(min(length, self.piece))
             except ConnectionResetError:
                 part = b""
             if not part:

@@ -34,14 +34,7 @@ package struct SocketPair: Sendable {
         }
         kernel = ends[0]
         server = ends[1]
-        for end in ends {
-            var size = Self.bufferSize
-            let length = socklen_t(MemoryLayout<Int32>.size)
-            // Beyond the limit of net.core.wmem_max as root; up to it otherwise.
-            if setsockopt(end, SOL_SOCKET, SO_SNDBUFFORCE, &size, length) != 0 {
-                setsockopt(end, SOL_SOCKET, SO_SNDBUF, &size, length)
-            }
-        }
+        for end in ends { SendBuffer.enlarge(end, to: Self.bufferSize) }
     }
 
     package func closeKernelEnd() { Glibc.close(kernel) }
