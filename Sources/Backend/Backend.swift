@@ -8,9 +8,8 @@ package enum Operation: UInt8, Sendable {
 
 /// One piece of a request, inside all limits of the backend's geometry. Lives in a slab of the volume.
 package struct IO {
-    /// For a read: where the data is, in memory or, where the client takes that, in a file, set by the backend at
-    /// completion. For extents: an array of `Extent`. For a write: the payload, set by the volume. First in the struct:
-    /// replies chain these.
+    /// For a read: where the data is, set by the backend at completion. For extents: an array of `Extent`. For a
+    /// write: the payload, set by the volume. First in the struct: replies chain these.
     package var segment: Segment
     package var operation: Operation
     /// Write and write-zeroes: complete only when on stable storage.
@@ -73,13 +72,7 @@ package struct Geometry: Sendable {
 package protocol BackendClient: AnyObject {
     /// The most I/O it has in flight at a time.
     var maximumInFlight: Int { get }
-    /// The data of a read may be left in its file, from where it is sent at any time before the backend is closed.
-    var sendsFromFiles: Bool { get }
     func completed(_ io: UnsafeMutablePointer<IO>)
-}
-
-extension BackendClient {
-    package var sendsFromFiles: Bool { false }
 }
 
 /// Where the bytes of one open volume live. All calls on the volume's loop.

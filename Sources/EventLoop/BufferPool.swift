@@ -16,9 +16,6 @@ package struct Segment {
     package var base: UnsafeMutableRawPointer
     package var count: Int
     package var next: UnsafeMutablePointer<Segment>?
-    /// The bytes are not at `base`, but from `position` on in this file, in memory; -1 when they are at `base`.
-    package var file: Int32 = -1
-    package var position: UInt64 = 0
 
     package init(base: UnsafeMutableRawPointer, count: Int) {
         self.base = base

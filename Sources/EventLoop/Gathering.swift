@@ -7,9 +7,7 @@ package struct Gathering {
     private let capacity: Int
     private var skip: Int
     private var count = 0
-    /// What comes behind the bytes laid out, in a file; nothing can be added behind that.
-    private var file: (descriptor: Int32, position: UInt64, length: Int)?
-    /// Bytes laid out, without those in a file.
+    /// Bytes laid out.
     package private(set) var bytes = 0
 
     /// - Parameters:
@@ -24,7 +22,7 @@ package struct Gathering {
 
     /// Pieces that can still be added.
     @inline(__always)
-    package var room: Int { file == nil ? capacity &- count : 0 }
+    package var room: Int { capacity &- count }
 
     /// There must be room for it.
     @inline(__always)
@@ -39,30 +37,13 @@ package struct Gathering {
         count &+= 1
     }
 
-    @inline(__always)
-    package mutating func add(_ segment: Segment) {
-        guard segment.file >= 0 else { return add(segment.base, segment.count) }
-        if skip >= segment.count {
-            skip &-= segment.count
-            return
-        }
-        file = (segment.file, segment.position &+ UInt64(skip), segment.count &- skip)
-        skip = 0
-    }
-
-    /// Sends what the socket takes now: what is laid out, or what is in the file when that comes first.
+    /// Sends what the socket takes now.
     /// - Returns: as sendmsg(2), with `errno`.
     @inline(__always)
     package func send(to descriptor: Int32) -> Int {
-        if count == 0, let file {
-            // As it lies in the page cache, without a copy.
-            var position = off_t(file.position)
-            return sendfile(descriptor, file.descriptor, &position, file.length)
-        }
         var message = msghdr()
         message.msg_iov = vectors
         message.msg_iovlen = count
-        let more = file == nil ? 0 : MSG_MORE
-        return sendmsg(descriptor, &message, Int32(MSG_NOSIGNAL | MSG_DONTWAIT | more))
+        return sendmsg(descriptor, &message, Int32(MSG_NOSIGNAL | MSG_DONTWAIT))
     }
 }

@@ -17,7 +17,6 @@ final class LayeredVolume: Backend, FileCompletion {
     let map: ChainMap
     let buffers: BufferPool
     private unowned(unsafe) let client: any BackendClient
-    private var readsInPlace: ReadsInPlace
     var ring: FileRing?
     /// Of the layers' data, as `map.entries` counts them.
     private let descriptors: UnsafeMutablePointer<Int32>
@@ -52,7 +51,6 @@ final class LayeredVolume: Backend, FileCompletion {
         map = volume.map
         self.buffers = buffers
         self.client = client
-        readsInPlace = ReadsInPlace(for: client)
         geometry = Geometry(size: volume.record.size, blockSize: volume.record.blockSize)
         geometry.readOnly = volume.readOnly
         geometry.transferBoundary = Layer.cluster
@@ -115,7 +113,6 @@ final class LayeredVolume: Backend, FileCompletion {
         case .read:
             let length = Int(io.pointee.length)
             guard cluster(io) < map.clusters else { return finish(io, ENOMEM) }
-            if readsInPlace.leave(io, in: descriptor(of: cluster(io))) { return finish(io, 0) }
             guard let buffer = buffers.allocate(length) else { return finish(io, ENOMEM) }
             io.pointee.buffer = buffer
             io.pointee.ownsBuffer = true

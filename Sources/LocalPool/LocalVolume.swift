@@ -81,7 +81,6 @@ final class LocalVolume: Backend, FileCompletion {
     private var flushing = IOQueue()
     private var unflushed = FlushQueue()
     private let synchronized = UnsafeMutableRawPointer.allocate(byteCount: 1, alignment: 8)
-    private var readsInPlace: ReadsInPlace
     /// What the file system cannot do is asked for once.
     private var canPunch = true
     private var canZero = true
@@ -92,7 +91,6 @@ final class LocalVolume: Backend, FileCompletion {
         self.volume = volume
         self.buffers = buffers
         self.client = client
-        readsInPlace = ReadsInPlace(for: client)
         var geometry = Geometry(size: volume.record.size, blockSize: volume.record.blockSize)
         geometry.readOnly = volume.readOnly
         self.geometry = geometry
@@ -117,7 +115,6 @@ final class LocalVolume: Backend, FileCompletion {
         let accepted: Bool
         switch io.pointee.operation {
         case .read:
-            if readsInPlace.leave(io, in: volume.descriptor) { return finish(io, 0) }
             guard let buffer = take(io) else { return finish(io, ENOMEM) }
             io.pointee.segment.base = buffer
             io.pointee.segment.count = Int(io.pointee.length)

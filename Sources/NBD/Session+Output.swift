@@ -22,7 +22,6 @@ extension Session {
         while firstReply != nil {
             let unsent = gather()
             let sent = unsent.send(to: descriptor)
-            if sent == 0 { return fail("the volume's file is shorter than the volume") }
             if sent < 0 {
                 if errno == EINTR { continue }
                 guard errno == EAGAIN else { return fail("send: \(errnoText(errno))") }
@@ -57,7 +56,7 @@ extension Session {
             var segment = request.pointee.segments
             while let part = segment {
                 guard gathering.room > 0 else { return gathering }
-                gathering.add(part.pointee)
+                gathering.add(part.pointee.base, part.pointee.count)
                 segment = part.pointee.next
             }
             next = request.pointee.next

@@ -102,9 +102,6 @@ package final class Session: EventSource {
         self.target = target
         var domain: Int32 = 0
         var size = socklen_t(MemoryLayout<Int32>.size)
-        // sendfile(2) has no flag for it.
-        let flags = fcntl(descriptor, F_GETFL)
-        if flags >= 0, flags & O_NONBLOCK == 0 { _ = fcntl(descriptor, F_SETFL, flags | O_NONBLOCK) }
         isLocal = getsockopt(descriptor, SOL_SOCKET, SO_DOMAIN, &domain, &size) == 0 && domain == AF_UNIX
         mayRest = isLocal
         if isLocal { SendBuffer.enlarge(descriptor, to: Self.sendBuffer) }
@@ -193,17 +190,6 @@ package final class Session: EventSource {
 
     /// Called by the volume when the loop was quiet for a while: gives the memory of an idle connection back.
     package func releaseIdleMemory() { input.releaseIdleMemory() }
-
-    /// Replies that are not out, or not as a whole, in their order.
-    package var unsent: [UnsafeMutablePointer<Request>] {
-        var replies: [UnsafeMutablePointer<Request>] = []
-        var next = firstReply
-        while let reply = next {
-            replies.append(reply)
-            next = reply.pointee.next
-        }
-        return replies
-    }
 
     // MARK: Slots
 

@@ -17,10 +17,7 @@ extension Volume {
         try await Aside.run { () throws(BackendError) in try old.settle() }
         guard let (state, since) = await loop.call({ [self] in (gate.state, gate.since) }) else { throw isStopping }
         if state != .suspended { try await suspend(timeout: Self.exchangeTimeout) }
-        _ = await loop.call { [self] in
-            copyUnsent()
-            store?.close()
-        }
+        _ = await loop.call { [self] in store?.close() }
         var failure: BackendError?
         var new: (any OpenVolume)?
         do throws(BackendError) {
@@ -48,42 +45,5 @@ extension Volume {
             store = try opened.start(on: loop, buffers: buffers, client: self)
             return nil
         } catch { return error }
-    }
-
-    /// What is answered and not sent is copied out of the store's file.
-    private func copyUnsent() {
-        for session in sessions {
-            for request in session.unsent where !session.closed {
-                var segment = request.pointee.segments
-                while let current = segment {
-                    segment = current.pointee.next
-                    guard current.pointee.file >= 0, !copy(current) else { continue }
-                    session.abort("a reply that it has not taken could not be kept")
-                    break
-                }
-            }
-        }
-    }
-
-    private func copy(_ segment: UnsafeMutablePointer<Segment>) -> Bool {
-        guard let buffer = buffers.allocate(segment.pointee.count) else { return false }
-        var done = 0
-        while done < segment.pointee.count {
-            let count = pread(
-                segment.pointee.file, buffer.base + done, segment.pointee.count - done,
-                off_t(segment.pointee.position) + done)
-            if count < 0, errno == EINTR { continue }
-            guard count > 0 else {
-                buffers.free(buffer)
-                return false
-            }
-            done += count
-        }
-        segment.pointee.base = buffer.base
-        segment.pointee.file = -1
-        let part = UnsafeMutableRawPointer(segment).assumingMemoryBound(to: IO.self)
-        part.pointee.buffer = buffer
-        part.pointee.ownsBuffer = true
-        return true
     }
 }

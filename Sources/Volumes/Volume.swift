@@ -214,8 +214,6 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
             metadata: ["peer": "\(session.peer)", "connections": "\(left)"])
     }
 
-    package var sendsFromFiles: Bool { true }
-
     package func endOfTurn() {
         loop.updateNow()
         var index = 0

@@ -455,7 +455,7 @@ def test_snapshot_of_a_suspended_volume(daemon):
 
 @pytest.mark.deadline(120)
 def test_replies_that_nobody_takes_outlive_the_store(daemon):
-    """Large reads are sent from the volume's file. What is still to be sent when another takes its place keeps its data."""
+    """What is answered and still to be sent when another store takes the place of the volume's keeps its data."""
     size, each = 8 * MiB, MiB
     uri = daemon.volume("disk/a", size)
     handle = nbd.NBD()

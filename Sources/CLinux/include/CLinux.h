@@ -91,9 +91,6 @@ static inline struct io_uring_cqe *qbd_ring_peek(struct io_uring *ring) {
 }
 static inline void qbd_ring_seen(struct io_uring *ring, struct io_uring_cqe *cqe) { io_uring_cqe_seen(ring, cqe); }
 
-// Whether a range of a file can be read without waiting for a disk: 1 or 0; -1 where the kernel (before 6.5) cannot say.
-int qbd_is_in_memory(int fd, uint64_t offset, uint64_t length);
-
 // ioctl(2) is variadic, and its numbers are function-like macros.
 static inline int qbd_socket_unread(int fd) {
     int bytes = 0;
