@@ -453,7 +453,6 @@ def test_snapshot_of_a_suspended_volume(daemon):
     assert contents(daemon, "disk/a@s")[:4096] == b"x" * 4096
 
 
-@pytest.mark.deadline(120)
 def test_replies_that_nobody_takes_outlive_the_store(daemon):
     """What is answered and still to be sent when another store takes the place of the volume's keeps its data."""
     size, each = 8 * MiB, MiB
@@ -478,6 +477,7 @@ def test_replies_that_nobody_takes_outlive_the_store(daemon):
     handle.shutdown()
 
 
+@pytest.mark.deadline(120)
 def test_twenty_deep(daemon):
     uri = daemon.volume("disk/a", 16 * MiB)
     model = Model(16 * MiB, 11)
