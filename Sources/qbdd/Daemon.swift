@@ -75,13 +75,9 @@ enum Daemon {
         } catch {
             throw ControlError(error).advising("--state")
         }
-        do throws(ControlError) {
-            do throws(BackendError) { try await manager.start() } catch {
-                throw ControlError(error).advising("--nbd-socket")
-            }
-        } catch {
+        do throws(BackendError) { try await manager.start() } catch {
             await manager.shutdown()
-            throw error
+            throw ControlError(error).advising("--nbd-socket")
         }
         return manager
     }
