@@ -101,7 +101,7 @@ let package = Package(
         .testTarget(name: "ControlTests", dependencies: ["Control"]),
         .testTarget(name: "EventLoopTests", dependencies: ["EventLoop"]),
         .testTarget(name: "NBDTests", dependencies: ["NBD"]),
-        .testTarget(name: "LocalPoolTests", dependencies: ["LocalPool"]),
+        .testTarget(name: "LocalPoolTests", dependencies: ["LocalPool", "CLinux"]),
         .testTarget(name: "PureFlashTests", dependencies: ["PureFlash", "Backend"]),
         .testTarget(name: "StoreServerTests", dependencies: ["StoreServer", "PureFlash", "Backend"]),
         .testTarget(name: "VolumesTests", dependencies: ["Volumes"]),

@@ -8,8 +8,8 @@ package enum Operation: UInt8, Sendable {
 
 /// One piece of a request, inside all limits of the backend's geometry. Lives in a slab of the volume.
 package struct IO {
-    /// For a read: where the data is, set by the backend at completion. For extents: an array of `Extent`. For a
-    /// write: the payload, set by the volume. First in the struct: replies chain these.
+    /// For a read: where the data is, set by the backend at completion, in memory or in `pipe`. For extents: an array of
+    /// `Extent`. For a write: the payload, set by the volume. First in the struct: replies chain these.
     package var segment: Segment
     package var operation: Operation
     /// Write and write-zeroes: complete only when on stable storage.
@@ -26,6 +26,8 @@ package struct IO {
     package var length: UInt32
     package var offset: UInt64
     package var buffer: Buffer?
+    /// Of the client's `pipes`, where it goes back to when the reply is out.
+    package var pipe: Pipe?
     /// The request this is a part of; not for the backend.
     package var request: UnsafeMutableRawPointer
 
@@ -72,7 +74,13 @@ package struct Geometry: Sendable {
 package protocol BackendClient: AnyObject {
     /// The most I/O it has in flight at a time.
     var maximumInFlight: Int { get }
+    /// Where data that is read may be left; nil where it has to be in memory.
+    var pipes: PipePool? { get }
     func completed(_ io: UnsafeMutablePointer<IO>)
+}
+
+extension BackendClient {
+    package var pipes: PipePool? { nil }
 }
 
 /// Where the bytes of one open volume live. All calls on the volume's loop.

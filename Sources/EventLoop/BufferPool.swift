@@ -16,6 +16,8 @@ package struct Segment {
     package var base: UnsafeMutableRawPointer
     package var count: Int
     package var next: UnsafeMutablePointer<Segment>?
+    /// The bytes are not at `base`, but in the pipe that is read here; -1 when they are at `base`.
+    package var pipe: Int32 = -1
 
     package init(base: UnsafeMutableRawPointer, count: Int) {
         self.base = base

@@ -7,7 +7,9 @@ package struct Gathering {
     private let capacity: Int
     private var skip: Int
     private var count = 0
-    /// Bytes laid out.
+    /// What comes behind the bytes laid out, in a pipe; nothing can be added behind that.
+    private var pipe: (reader: Int32, length: Int)?
+    /// Bytes laid out, without those in a pipe.
     package private(set) var bytes = 0
 
     /// - Parameters:
@@ -22,7 +24,7 @@ package struct Gathering {
 
     /// Pieces that can still be added.
     @inline(__always)
-    package var room: Int { capacity &- count }
+    package var room: Int { pipe == nil ? capacity &- count : 0 }
 
     /// There must be room for it.
     @inline(__always)
@@ -37,13 +39,30 @@ package struct Gathering {
         count &+= 1
     }
 
-    /// Sends what the socket takes now.
-    /// - Returns: as sendmsg(2), with `errno`.
+    @inline(__always)
+    package mutating func add(_ segment: Segment) {
+        guard segment.pipe >= 0 else { return add(segment.base, segment.count) }
+        if skip >= segment.count {
+            skip &-= segment.count
+            return
+        }
+        // What is sent of it has left the pipe.
+        pipe = (segment.pipe, segment.count &- skip)
+        skip = 0
+    }
+
+    /// Sends what the socket takes now: what is laid out, or what is in the pipe when that comes first. A socket that gets
+    /// data from pipes has O_NONBLOCK set.
+    /// - Returns: as sendmsg(2), with `errno`; 0 when what was in the pipe is not to be had any more.
     @inline(__always)
     package func send(to descriptor: Int32) -> Int {
+        if count == 0, let pipe {
+            return splice(pipe.reader, nil, descriptor, nil, pipe.length, UInt32(SPLICE_F_NONBLOCK))
+        }
         var message = msghdr()
         message.msg_iov = vectors
         message.msg_iovlen = count
-        return sendmsg(descriptor, &message, Int32(MSG_NOSIGNAL | MSG_DONTWAIT))
+        let more = pipe == nil ? 0 : MSG_MORE
+        return sendmsg(descriptor, &message, Int32(MSG_NOSIGNAL | MSG_DONTWAIT | more))
     }
 }

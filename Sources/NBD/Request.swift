@@ -135,6 +135,8 @@ package struct Request {
     package var place: Place
     /// Has been told as one that takes too long.
     package var isReportedSlow: Bool
+    /// The reply is out as a whole.
+    package var isSent = false
     /// Parts the backend has not completed, and bytes not yet handed to it. For the volume alone.
     package var pendingParts: Int32
     package var issued: UInt32

@@ -28,6 +28,8 @@ extension Session {
                 waitsForRoom = true
                 return updateEvents()
             }
+            // Never for bytes in memory: a page in a pipe that the file lost meanwhile. The header is out already.
+            if sent == 0 { return fail("send: data read went away") }
             consume(sent)
             if sent < unsent.bytes {
                 waitsForRoom = true
@@ -56,7 +58,7 @@ extension Session {
             var segment = request.pointee.segments
             while let part = segment {
                 guard gathering.room > 0 else { return gathering }
-                gathering.add(part.pointee.base, part.pointee.count)
+                gathering.add(part.pointee)
                 segment = part.pointee.next
             }
             next = request.pointee.next
@@ -75,6 +77,7 @@ extension Session {
             firstReply = request.pointee.next
             // Freeing it may let others go on, which may be answered at once: the queue is in order before.
             if firstReply == nil { lastReply = nil }
+            request.pointee.isSent = true
             release(request)
         }
         sentOfFirst = left

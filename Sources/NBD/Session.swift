@@ -102,6 +102,9 @@ package final class Session: EventSource {
         self.target = target
         var domain: Int32 = 0
         var size = socklen_t(MemoryLayout<Int32>.size)
+        // splice(2) has no flag for it.
+        let flags = fcntl(descriptor, F_GETFL)
+        if flags >= 0, flags & O_NONBLOCK == 0 { _ = fcntl(descriptor, F_SETFL, flags | O_NONBLOCK) }
         isLocal = getsockopt(descriptor, SOL_SOCKET, SO_DOMAIN, &domain, &size) == 0 && domain == AF_UNIX
         mayRest = isLocal
         if isLocal { SendBuffer.enlarge(descriptor, to: Self.sendBuffer) }

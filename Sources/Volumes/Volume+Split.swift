@@ -161,6 +161,10 @@ extension Volume {
             segment = current.pointee.next
             let part = UnsafeMutableRawPointer(current).assumingMemoryBound(to: IO.self)
             if part.pointee.ownsBuffer, let buffer = part.pointee.buffer { buffers.free(buffer) }
+            if let pipe = part.pointee.pipe {
+                // An error is answered without the data of the parts that had none.
+                pipes?.give(pipe, isEmpty: request.pointee.isSent && request.pointee.segments != nil)
+            }
             parts.give(part)
         }
         if firstWaiting != nil { handOverWaiting() }

@@ -29,6 +29,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
 
     // The loop's state.
     let buffers: BufferPool
+    package let pipes = PipePool()
     /// Where requests go: the store, or what stands in for it while they are discarded.
     var backend: (any Backend)?
     var store: (any Backend)?
@@ -251,6 +252,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
         notice(.quiet)
         for session in sessions { session.releaseIdleMemory() }
         buffers.trim()
+        pipes?.trim()
     }
 
     // MARK: The end

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import time
 
 import pytest
 
-from harness import MiB, QBD, SLOWNESS, run, wait_for
+from harness import KiB, MiB, QBD, SLOWNESS, run, wait_for
 from wire import CMD_FLUSH, CMD_READ, CMD_WRITE, Session
 
 BLOCK = 4096
@@ -26,18 +27,33 @@ def health(daemon, volume):
     return daemon.json("info", volume)["health"]
 
 
-@pytest.fixture
-def frozen_store(new_daemon):
-    """A daemon whose local pool lies on a file system of its own, and how to stop that file system and let it go on."""
-    daemon = new_daemon(configuration="\n[client]\nslow_io_ms=200\n")
+@contextlib.contextmanager
+def own_file_system(daemon):
+    """Starts the daemon with its local pool on a file system of its own, in the image that is given."""
     image = daemon.directory / "image"
     with open(image, "wb") as file:
         file.truncate(64 * MiB)
-    if os.geteuid() != 0 or not shutil.which("fsfreeze") or run(["mkfs.ext4", "-q", image]).status != 0:
-        pytest.skip("needs root, fsfreeze and mkfs.ext4")
+    if os.geteuid() != 0 or run(["mkfs.ext4", "-q", image]).status != 0:
+        pytest.skip("needs root and mkfs.ext4")
     mounted = run(["mount", "-o", "loop", image, daemon.pool_path])
     if mounted.status != 0:
         pytest.skip(f"no file system can be mounted here: {mounted.err}")
+    try:
+        yield daemon.start() and image
+    finally:
+        run(["fsfreeze", "-u", daemon.pool_path])
+        with contextlib.suppress(AssertionError):
+            if daemon.alive:
+                daemon.stop()
+        run(["umount", daemon.pool_path])
+
+
+@pytest.fixture
+def frozen_store(new_daemon):
+    """A daemon whose local pool lies on a file system of its own, and how to stop that file system and let it go on."""
+    if not shutil.which("fsfreeze"):
+        pytest.skip("needs fsfreeze")
+    daemon = new_daemon(configuration="\n[client]\nslow_io_ms=200\n")
 
     def freeze():
         run(["fsfreeze", "-f", daemon.pool_path]).succeeded()
@@ -45,14 +61,47 @@ def frozen_store(new_daemon):
     def thaw():
         run(["fsfreeze", "-u", daemon.pool_path]).succeeded()
 
-    try:
-        yield daemon.start(), freeze, thaw
-    finally:
-        run(["fsfreeze", "-u", daemon.pool_path])
-        with contextlib.suppress(AssertionError):
-            if daemon.alive:
-                daemon.stop()
-        run(["umount", daemon.pool_path])
+    with own_file_system(daemon):
+        yield daemon, freeze, thaw
+
+
+@pytest.mark.parametrize("piece", [16, 128], ids=["16k", "128k"])
+def test_sectors_that_cannot_be_read(new_daemon, piece):
+    """Also when asked for again: what could not be read lies in the page cache then, as if it had been."""
+    daemon = new_daemon()
+    piece *= KiB
+    with own_file_system(daemon) as image:
+        daemon.volume("disk/foo", 4 * MiB)
+        session = connect(daemon, "disk/foo")
+        data = random.Random(2).randbytes(4 * MiB)
+        assert session.call(CMD_WRITE, 0, payload=data).error == 0
+        assert session.call(CMD_FLUSH, 0, 0).error == 0
+        raw = f"{daemon.pool_path}/foo.raw"
+        end = lose_last_block(raw, image)
+        descriptor = os.open(raw, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+        for _ in range(3):
+            assert session.read(0, piece) == data[:piece]
+            assert session.read(MiB, piece) == data[MiB : MiB + piece]
+            assert session.call(CMD_READ, end - piece, piece).error == errno.EIO
+        # What is written is there again.
+        assert session.call(CMD_WRITE, end - BLOCK, payload=b"x" * BLOCK).error == 0
+        assert session.read(end - BLOCK, BLOCK) == b"x" * BLOCK
+
+
+def lose_last_block(file, image):
+    """Cuts the image where the file has its last block there; where that is in the file, the end of it, bytes."""
+    extents = [
+        [int(number) for number in match.groups()]
+        for match in re.finditer(
+            r"^ *\d+: +(\d+)\.\. +(\d+): +(\d+)\.\. +(\d+):", run(["filefrag", "-v", "-b4096", file]).succeeded().out,
+            re.MULTILINE,
+        )
+    ]  # fmt: skip
+    _, logical, _, physical = max(extents, key=lambda extent: extent[3])
+    os.truncate(image, physical * BLOCK)
+    return (logical + 1) * BLOCK
 
 
 def test_idle_active_and_read_only(daemon, pool):

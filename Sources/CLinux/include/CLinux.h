@@ -82,6 +82,7 @@ static inline void qbd_pause(int rounds) {
     }
 }
 static inline void *qbd_map_failed(void) { return MAP_FAILED; }
+static inline int qbd_is_ignored(const struct sigaction *action) { return action->sa_handler == SIG_IGN; }
 
 // liburing's queue access is inline functions over macros with barriers.
 static inline struct io_uring_sqe *qbd_ring_get_sqe(struct io_uring *ring) { return io_uring_get_sqe(ring); }
@@ -90,6 +91,14 @@ static inline struct io_uring_cqe *qbd_ring_peek(struct io_uring *ring) {
     return io_uring_peek_cqe(ring, &cqe) == 0 ? cqe : NULL;
 }
 static inline void qbd_ring_seen(struct io_uring *ring, struct io_uring_cqe *cqe) { io_uring_cqe_seen(ring, cqe); }
+
+// cachestat(2), of Linux 6.5: pages of a range of a file that are in the page cache, also those that are still being read
+// and those that could not be; -1 with errno.
+long qbd_cached_pages(int fd, uint64_t offset, uint64_t length);
+// preadv2(2) with RWF_NOWAIT, which needs _GNU_SOURCE.
+ssize_t qbd_read_now(int fd, void *bytes, size_t count, uint64_t offset);
+// fcntl(2) is variadic, and the command needs _GNU_SOURCE. The size it has then, bytes, or -1.
+int qbd_set_pipe_size(int fd, int bytes);
 
 // ioctl(2) is variadic, and its numbers are function-like macros.
 static inline int qbd_socket_unread(int fd) {
