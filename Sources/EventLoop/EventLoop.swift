@@ -43,6 +43,12 @@ package final class EventLoop: @unchecked Sendable {
     /// Whose input comes next without a wait, and how often in a row that was done.
     private var expected: Token?
     private var expectedTurns = 0
+    /// Whose input is all that can come next, said in this turn; and how often in a row that was so.
+    private var only: (token: Token, descriptor: Int32)?
+    private var onlyTurns = 0
+    private let exclusiveWait: ExclusiveWait
+    /// Who is waited for in recv(2), and is asleep in the epoll set; with its file status flags from before.
+    private var exclusive: (token: Token, descriptor: Int32, flags: Int32)?
     /// When the last turn ended.
     private var turnEnd: UInt64 = 0
     private var registrations: [Registration] = []
@@ -58,6 +64,7 @@ package final class EventLoop: @unchecked Sendable {
 
     private struct Registration {
         var generation: UInt32 = 0
+        var events: UInt32 = 0
         var source: (any EventSource)?
     }
 
@@ -73,6 +80,8 @@ package final class EventLoop: @unchecked Sendable {
     private static let eventsPerWait = 64
     /// Turns in a row that may belong to one source before the others are asked for.
     private static let maximumExpectedTurns = 8
+    /// Turns in a row that belong to one source, after which the loop waits for it alone.
+    private static let usualTurns = 64
     /// Nanoseconds. A few requests of a fast client; well below what a disk takes for one.
     private static let restTime = 20_000
     /// Nanoseconds; a wait this short did not sleep.
@@ -88,6 +97,7 @@ package final class EventLoop: @unchecked Sendable {
         self.name = name
         now = monotonicNanoseconds()
         epoll = try retrying("epoll_create1") { epoll_create1(Int32(EPOLL_CLOEXEC)) }
+        exclusiveWait = ExclusiveWait(epoll: epoll)
         wake = try retrying("eventfd") { eventfd(0, Int32(EFD_CLOEXEC | EFD_NONBLOCK)) }
         clock = try retrying("timerfd_create") { timerfd_create(CLOCK_MONOTONIC, Int32(TFD_CLOEXEC | TFD_NONBLOCK)) }
         try retrying("epoll_ctl") {
@@ -158,17 +168,21 @@ package final class EventLoop: @unchecked Sendable {
             throw error
         }
         registrations[index].source = source
+        registrations[index].events = events
         return token
     }
 
     /// Changes the events waited for; 0 waits for errors and hang-up alone.
     package func modify(_ token: Token, descriptor: Int32, events: UInt32) {
+        registrations[Int(token.index)].events = events
+        if exclusive?.token.data == token.data { return endExclusiveWait() }
         let result = qbd_epoll_ctl(epoll, EPOLL_CTL_MOD, descriptor, events, token.data)
         precondition(result == 0, "epoll_ctl mod: \(errnoText(errno))")
     }
 
     /// Removes a descriptor; call before it is closed. Events of this turn that were not delivered yet are dropped.
     package func remove(_ token: Token, descriptor: Int32) {
+        if exclusive?.token.data == token.data { endExclusiveWait() }
         let result = qbd_epoll_ctl(epoll, EPOLL_CTL_DEL, descriptor, 0, 0)
         precondition(result == 0, "epoll_ctl del: \(errnoText(errno))")
         registrations[Int(token.index)].source = nil
@@ -201,6 +215,26 @@ package final class EventLoop: @unchecked Sendable {
     /// that keeps coming. The others have their turn after some of its own.
     @inline(__always)
     package func expectInput(_ token: Token) { expected = token }
+
+    /// Says that nothing is under way for the source, so that its next event is input. When that turns out to be the
+    /// loop's next event, time and again, it is waited for as `ExclusiveWait` says, and the socket blocks.
+    @inline(__always)
+    package func expectOnly(_ token: Token, descriptor: Int32) { only = (token, descriptor) }
+
+    /// Whether the last wait was for one socket alone.
+    package var waitsExclusively: Bool { exclusive != nil }
+
+    /// Lets no socket block that did not before `expectOnly`.
+    package func endExclusiveWait() {
+        guard let exclusive else { return }
+        self.exclusive = nil
+        onlyTurns = 0
+        exclusiveWait.end()
+        _ = fcntl(exclusive.descriptor, F_SETFL, exclusive.flags)
+        modify(
+            exclusive.token, descriptor: exclusive.descriptor,
+            events: registrations[Int(exclusive.token.index)].events)
+    }
 
     /// Reads the clock again within a turn.
     @inline(__always)
@@ -257,6 +291,7 @@ package final class EventLoop: @unchecked Sendable {
         while leads || relief.standBy() {
             relief.lead()
             if !leads {
+                endExclusiveWait()
                 waitsTurn = .max
                 updateNow()
                 blockingResumes = now &+ Self.afterRelief
@@ -300,12 +335,16 @@ package final class EventLoop: @unchecked Sendable {
 
     private func waitForEvents(_ events: UnsafeMutablePointer<epoll_event>) {
         let sleeps = !again
+        let expected = sleeps ? only : nil
+        only = nil
+        if let expected, onlyTurns >= Self.usualTurns, waitExclusively(for: expected.token, expected.descriptor) {
+            return
+        }
+        endExclusiveWait()
         let count = wait(events)
-        now = monotonicNanoseconds()
-        let waited = now &- turnEnd
-        isBusy = waited < Self.busyWait
-        if sleeps { lastWait = waited }
-        isAlone = count <= 1
+        waited(sleeps: sleeps, count: count)
+        let isUsual = count == 1 && expected?.token.data == qbd_epoll_data(events)
+        onlyTurns = isUsual ? onlyTurns &+ 1 : 0
         var woken = false
         for index in 0..<count {
             let data = qbd_epoll_data(events + index)
@@ -320,6 +359,44 @@ package final class EventLoop: @unchecked Sendable {
             }
         }
         if woken { runPosted() }
+    }
+
+    @inline(__always)
+    private func waited(sleeps: Bool, count: Int) {
+        now = monotonicNanoseconds()
+        let waited = now &- turnEnd
+        isBusy = waited < Self.busyWait
+        if sleeps { lastWait = waited }
+        isAlone = count <= 1
+    }
+
+    /// - Returns: whether it had input, and that was delivered; false when all are to be asked.
+    private func waitExclusively(for token: Token, _ descriptor: Int32) -> Bool {
+        guard exclusive?.token.data == token.data || beginExclusiveWait(for: token, descriptor) else {
+            onlyTurns = 0
+            return false
+        }
+        setClock()
+        guard exclusiveWait.wait(for: descriptor) else { return false }
+        waited(sleeps: true, count: 1)
+        deliver(EPOLLIN.rawValue, to: token.data)
+        return true
+    }
+
+    private func beginExclusiveWait(for token: Token, _ descriptor: Int32) -> Bool {
+        endExclusiveWait()
+        let events = registrations[Int(token.index)].events
+        let flags = fcntl(descriptor, F_GETFL)
+        guard events & EPOLLIN.rawValue != 0, events & EPOLLOUT.rawValue == 0, flags >= 0,
+            fcntl(descriptor, F_SETFL, flags & ~O_NONBLOCK) == 0
+        else { return false }
+        // Errors are told all the same.
+        modify(token, descriptor: descriptor, events: 0)
+        registrations[Int(token.index)].events = events
+        exclusive = (token, descriptor, flags)
+        if exclusiveWait.begin() { return true }
+        endExclusiveWait()
+        return false
     }
 
     @inline(__always)
@@ -346,12 +423,17 @@ package final class EventLoop: @unchecked Sendable {
             var timeout = timespec()
             count = qbd_epoll_wait(epoll, events, Int32(Self.eventsPerWait), &timeout)
         } else {
-            if let deadline = timers.earliest, deadline < clockDeadline { setClock(deadline) }
+            setClock()
             count = qbd_epoll_wait(epoll, events, Int32(Self.eventsPerWait), nil)
         }
         if count >= 0 { return Int(count) }
         precondition(errno == EINTR, "epoll_wait: \(errnoText(errno))")
         return 0
+    }
+
+    @inline(__always)
+    private func setClock() {
+        if let deadline = timers.earliest, deadline < clockDeadline { setClock(deadline) }
     }
 
     private func setClock(_ deadline: UInt64) {

@@ -38,6 +38,11 @@ package final class FileRing: EventSource, TurnObserver {
     /// Writes of this turn that the loop's thread does itself.
     private var own = OperationList()
     private var unsubmitted = 0
+    /// A read, while it is all that this turn has for the ring. What is in the page cache is read with one plain system
+    /// call then, of which the ring has nothing to tell.
+    private var lone: UnsafeMutablePointer<FileOperation>?
+    /// Reads for which that is not tried, since one was not in the page cache.
+    private var untried = 0
     private unowned(unsafe) let completion: any FileCompletion
 
     /// Operations submitted and not completed, at most the capacity.
@@ -47,6 +52,8 @@ package final class FileRing: EventSource, TurnObserver {
 
     /// Bytes the loop's thread writes in one turn, and in one call: more takes so long that others had better go on.
     private static let ownBytes = 1 << 20
+    /// Reads for the ring after one that the page cache did not have.
+    private static let untriedAfterMiss = 32
 
     /// On the loop's thread.
     /// - Parameters:
@@ -175,10 +182,31 @@ package final class FileRing: EventSource, TurnObserver {
         if isWrite, operation.pointee.length <= Self.ownBytes, loop.mayBlock {
             own.append(operation)
         } else if let ring, !isWrite, operation.pointee.kind != .query {
+            if operation.pointee.kind == .read, unsubmitted == 0, lone == nil {
+                if untried == 0 {
+                    lone = operation
+                    return
+                }
+                untried &-= 1
+            }
+            if let first = lone {
+                lone = nil
+                enqueue(first, on: ring)
+            }
             enqueue(operation, on: ring)
         } else {
             workers.add(operation)
         }
+    }
+
+    private func readLone(_ operation: UnsafeMutablePointer<FileOperation>, orOn ring: UnsafeMutablePointer<io_uring>) {
+        lone = nil
+        let op = operation.pointee
+        let count = qbd_read_now(op.descriptor, op.base, op.length, op.offset)
+        if count >= 0 { return finish(operation, result: Int32(truncatingIfNeeded: count)) }
+        untried = errno == EOPNOTSUPP ? .max : Self.untriedAfterMiss
+        // That tells what is wrong, or waits for the disk.
+        enqueue(operation, on: ring)
     }
 
     private func enqueue(_ operation: UnsafeMutablePointer<FileOperation>, on ring: UnsafeMutablePointer<io_uring>) {
@@ -239,7 +267,11 @@ package final class FileRing: EventSource, TurnObserver {
     private func submitAll() {
         guard let ring else { return }
         // What completes at once may start more: nothing may stay behind, since nothing would come to submit it.
-        while unsubmitted > 0 {
+        while unsubmitted > 0 || lone != nil {
+            if let lone {
+                readLone(lone, orOn: ring)
+                continue
+            }
             let all = submit(ring)
             reap()
             if !all { break }

@@ -51,6 +51,10 @@ package struct Gathering {
         skip = 0
     }
 
+    /// What is to be sent comes from a pipe: the socket must not block.
+    @inline(__always)
+    package var wantsNoBlocking: Bool { pipe != nil }
+
     /// Sends what the socket takes now: what is laid out, or what is in the pipe when that comes first. A socket that gets
     /// data from pipes has O_NONBLOCK set.
     /// - Returns: as sendmsg(2), with `errno`; 0 when what was in the pipe is not to be had any more.

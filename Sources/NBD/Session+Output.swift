@@ -21,6 +21,7 @@ extension Session {
     func sendReplies() {
         while firstReply != nil {
             let unsent = gather()
+            if unsent.wantsNoBlocking { loop.endExclusiveWait() }
             let sent = unsent.send(to: descriptor)
             if sent < 0 {
                 if errno == EINTR { continue }

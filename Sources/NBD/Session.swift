@@ -185,7 +185,10 @@ package final class Session: EventSource {
     package func endOfTurn() {
         if firstReply != nil, !waitsForRoom {
             sendReplies()
-            if firstReply == nil, loop.isBusy, clientIsBusy { loop.rest() }
+            if firstReply == nil {
+                if loop.isBusy, clientIsBusy { loop.rest() }
+                if inFlight == 0, let token { loop.expectOnly(token, descriptor: descriptor) }
+            }
         }
         if paused { resume() }
         if draining || closed { endIfDone() }

@@ -114,6 +114,8 @@ static inline int qbd_set_io_flusher(void) { return prctl(PR_SET_IO_FLUSHER, 1, 
 // How often the calling thread has waited for something; being preempted does not count.
 long qbd_thread_waits(void);
 static inline pid_t qbd_gettid(void) { return gettid(); }
+// tgkill(2): a thread that has ended is an error, where pthread_kill(3) may crash.
+static inline int qbd_signal_thread(pid_t thread, int signal) { return tgkill(getpid(), thread, signal); }
 static inline int qbd_set_timer_slack(unsigned long nanoseconds) { return prctl(PR_SET_TIMERSLACK, nanoseconds, 0, 0, 0); }
 
 // makedev(3) is a function-like macro.
