@@ -183,6 +183,7 @@ package final class EventLoop: @unchecked Sendable {
     /// Removes a descriptor; call before it is closed. Events of this turn that were not delivered yet are dropped.
     package func remove(_ token: Token, descriptor: Int32) {
         if exclusive?.token.data == token.data { endExclusiveWait() }
+        if only?.token.data == token.data { only = nil }
         let result = qbd_epoll_ctl(epoll, EPOLL_CTL_DEL, descriptor, 0, 0)
         precondition(result == 0, "epoll_ctl del: \(errnoText(errno))")
         registrations[Int(token.index)].source = nil
@@ -309,6 +310,7 @@ package final class EventLoop: @unchecked Sendable {
         while running {
             if let token = expected, expectedTurns < Self.maximumExpectedTurns {
                 expected = nil
+                only = nil
                 expectedTurns &+= 1
                 now = monotonicNanoseconds()
                 isBusy = true

@@ -10,8 +10,9 @@ private final class Echo: EventSource, @unchecked Sendable {
     private(set) var token: EventLoop.Token?
     /// Bytes that came while the loop waited for them alone.
     private(set) var exclusive = 0
-    /// What is done on the loop with each byte before it is answered.
+    /// What is done on the loop with each byte before it is answered, and after.
     var received: (() -> Void)?
+    var answered: (() -> Void)?
 
     init(_ loop: EventLoop, _ descriptor: Int32) {
         self.loop = loop
@@ -34,6 +35,7 @@ private final class Echo: EventSource, @unchecked Sendable {
         received?()
         send(descriptor, &byte, 1, Int32(MSG_NOSIGNAL))
         if let token { loop.expectOnly(token, descriptor: descriptor) }
+        answered?()
     }
 }
 
@@ -187,6 +189,23 @@ private final class Pair: @unchecked Sendable {
         }
         await pair.exchange(200)
         #expect(await pair.exclusive > 100)
+        await pair.close()
+    }
+
+    /// Around the turn from which on it would be waited for alone.
+    @Test(arguments: 60...70)
+    func aSourceMayGoWhenItIsExpected(after count: Int) async throws {
+        let pair = try await Pair()
+        _ = await pair.loop.call { [echo = pair.echo] in
+            var bytes = 0
+            echo.answered = {
+                bytes += 1
+                if bytes == count { echo.remove() }
+            }
+        }
+        await pair.exchange(count)
+        let isGone = await pair.loop.call { [echo = pair.echo] in echo.token == nil }
+        #expect(isGone == true)
         await pair.close()
     }
 }
