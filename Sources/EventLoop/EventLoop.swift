@@ -300,6 +300,7 @@ package final class EventLoop: @unchecked Sendable {
                 again = true
             }
             if run(events) { return }
+            ExclusiveWait.leaveThread()
             leads = false
         }
     }
@@ -372,16 +373,17 @@ package final class EventLoop: @unchecked Sendable {
         isAlone = count <= 1
     }
 
-    /// - Returns: whether it had input, and that was delivered; false when all are to be asked.
+    /// - Returns: whether it had input or an error, and that was delivered; false when all are to be asked.
     private func waitExclusively(for token: Token, _ descriptor: Int32) -> Bool {
         guard exclusive?.token.data == token.data || beginExclusiveWait(for: token, descriptor) else {
             onlyTurns = 0
             return false
         }
         setClock()
-        guard exclusiveWait.wait(for: descriptor) else { return false }
+        let ready = exclusiveWait.wait(for: descriptor)
+        guard ready != 0 else { return false }
         waited(sleeps: true, count: 1)
-        deliver(EPOLLIN.rawValue, to: token.data)
+        deliver(ready, to: token.data)
         return true
     }
 

@@ -45,15 +45,24 @@ final class ExclusiveWait: Sendable {
         Lookout.letSignalsThrough(false)
     }
 
+    /// Call when another thread has taken the loop over.
+    static func leaveThread() { Lookout.letSignalsThrough(false) }
+
     /// Waits for input of a socket that blocks; `begin` was called.
-    /// - Returns: whether there is some, an end of it included; false when something else is to be looked for as well.
-    func wait(for socket: Int32) -> Bool {
-        guard exchange(State.idle, for: State.waiting) else { return false }
+    /// - Returns: EPOLLIN when there is some, an end of it included, or EPOLLERR; 0 when something else is to be looked for
+    ///   as well.
+    func wait(for socket: Int32) -> UInt32 {
+        guard exchange(State.idle, for: State.waiting) else { return 0 }
         var byte: UInt8 = 0
         let count = recv(socket, &byte, 1, Int32(MSG_PEEK))
-        if exchange(State.waiting, for: State.idle) { return count >= 0 }
-        state.store(State.left, ordering: .sequentiallyConsistent)
-        return false
+        // An error is told once.
+        let failed = count < 0 && errno != EINTR && errno != EAGAIN
+        if exchange(State.waiting, for: State.idle) {
+            if count >= 0 { return EPOLLIN.rawValue }
+        } else {
+            state.store(State.left, ordering: .sequentiallyConsistent)
+        }
+        return failed ? EPOLLERR.rawValue : 0
     }
 
     // MARK: On the lookout's thread

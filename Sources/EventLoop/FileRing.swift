@@ -203,8 +203,8 @@ package final class FileRing: EventSource, TurnObserver {
         lone = nil
         let op = operation.pointee
         let count = qbd_read_now(op.descriptor, op.base, op.length, op.offset)
-        if count >= 0 { return finish(operation, result: Int32(truncatingIfNeeded: count)) }
-        untried = errno == EOPNOTSUPP ? .max : Self.untriedAfterMiss
+        if count > 0 { return finish(operation, result: Int32(truncatingIfNeeded: count)) }
+        untried = count < 0 && errno == EOPNOTSUPP ? .max : Self.untriedAfterMiss
         // That tells what is wrong, or waits for the disk.
         enqueue(operation, on: ring)
     }
@@ -260,6 +260,8 @@ package final class FileRing: EventSource, TurnObserver {
         if own.head != nil {
             guard writeOwn() else { return }
             submitAll()
+            // Started by what that completed.
+            if own.head != nil { loop.runAgain() }
         }
         workers.handOver()
     }

@@ -81,7 +81,7 @@ final class LocalVolume: Backend, FileCompletion {
     private var flushing = IOQueue()
     private var unflushed = FlushQueue()
     private let synchronized = UnsafeMutableRawPointer.allocate(byteCount: 1, alignment: 8)
-    private let readsInPlace: ReadsInPlace?
+    private var readsInPlace: ReadsInPlace?
     /// What the file system cannot do is asked for once.
     private var canPunch = true
     private var canZero = true
@@ -107,6 +107,8 @@ final class LocalVolume: Backend, FileCompletion {
         if flushError != 0 { volume.hasFailed.store(true, ordering: .relaxed) }
         ring?.close()
         ring = nil
+        // Its mapping would keep the file locked.
+        readsInPlace = nil
     }
 
     // MARK: Submission

@@ -42,6 +42,37 @@ private final class Harness: FileCompletion, @unchecked Sendable {
     }
 }
 
+/// Reads and writes in turn, each begun where the one before completes.
+private final class Chain: FileCompletion, @unchecked Sendable {
+    let ring: @Sendable () -> FileRing?
+    let file: Int32
+    let memory = Memory(4096, byte: 3)
+    var left: Int
+    let done: @Sendable () -> Void
+
+    init(_ count: Int, _ file: Int32, ring: @escaping @Sendable () -> FileRing?, done: @escaping @Sendable () -> Void) {
+        left = count
+        self.file = file
+        self.ring = ring
+        self.done = done
+    }
+
+    func fileOperationCompleted(_ context: UnsafeMutableRawPointer, result: Int32) {
+        #expect(result == 0)
+        left -= 1
+        if left == 0 { return done() }
+        start()
+    }
+
+    func start() {
+        let started =
+            left % 2 == 0
+            ? ring()?.read(file, into: memory.base, length: 4096, offset: 0, context: memory.base)
+            : ring()?.write(file, from: memory.base, length: 4096, offset: 0, context: memory.base)
+        #expect(started == true)
+    }
+}
+
 private struct Memory: @unchecked Sendable {
     let base: UnsafeMutableRawPointer
     init(_ count: Int, byte: UInt8) {
@@ -124,5 +155,32 @@ private struct Memory: @unchecked Sendable {
         #expect(bytes[4095] == 0xff && bytes[4096] == 0 && bytes[12287] == 0 && bytes[12288] == 0xff)
         await harness.close()
         Glibc.close(file)
+    }
+
+    /// Nothing stays behind when nothing else wakes the loop.
+    @Test(.timeLimit(.minutes(1)), arguments: [true, false])
+    func oneStartsTheNext(useRing: Bool) async throws {
+        let file = try temporaryFile(size: 65536)
+        let loop = try EventLoop(name: "test")
+        let held = Held()
+        await withCheckedContinuation { (done: CheckedContinuation<Void, Never>) in
+            let chain = Chain(50, file, ring: { held.ring }, done: { done.resume() })
+            loop.post {
+                held.chain = chain
+                held.ring = try? FileRing(loop: loop, capacity: 8, useRing: useRing, completion: chain)
+                chain.start()
+            }
+        }
+        _ = await loop.call {
+            held.ring?.close()
+            held.ring = nil
+        }
+        loop.stop()
+        Glibc.close(file)
+    }
+
+    private final class Held: @unchecked Sendable {
+        var ring: FileRing?
+        var chain: Chain?
     }
 }

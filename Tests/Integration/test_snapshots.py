@@ -448,6 +448,8 @@ def test_snapshot_of_a_suspended_volume(daemon):
         daemon.qbd("suspend", "disk/a").succeeded()
         snapshot(daemon, "create", "disk/a@s")
         assert daemon.json("info", "disk/a")["state"] == "suspended"
+        # The volume's own file is the snapshot's now.
+        assert contents(daemon, "disk/a@s")[:4096] == b"x" * 4096
         daemon.qbd("resume", "disk/a", "-t", "normal").succeeded()
         handle.pwrite(b"y" * 4096, 0)
     assert contents(daemon, "disk/a@s")[:4096] == b"x" * 4096
