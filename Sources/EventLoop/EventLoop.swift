@@ -6,6 +6,13 @@ import Synchronization
 package protocol EventSource: AnyObject {
     /// The descriptor is ready: EPOLLIN, EPOLLOUT, EPOLLHUP, EPOLLERR as epoll gives them.
     func ready(events: UInt32)
+    /// Waits for input of the socket, which blocks, and keeps it for `ready`. See `expectOnly`.
+    /// - Returns: as recv(2), with `errno`.
+    func receiveBlocking() -> Int
+}
+
+extension EventSource {
+    package func receiveBlocking() -> Int { preconditionFailure("never expected alone") }
 }
 
 /// Work at the end of every turn, after all ready descriptors were handled: submit what was collected, write once
@@ -380,7 +387,9 @@ package final class EventLoop: @unchecked Sendable {
             return false
         }
         setClock()
-        let ready = exclusiveWait.wait(for: descriptor)
+        guard let source = registrations[Int(token.index)].source else { return false }
+        let (ready, isDisturbed) = exclusiveWait.wait(for: source)
+        if isDisturbed { endExclusiveWait() }
         guard ready != 0 else { return false }
         waited(sleeps: true, count: 1)
         deliver(ready, to: token.data)

@@ -49,20 +49,17 @@ final class ExclusiveWait: Sendable {
     static func leaveThread() { Lookout.letSignalsThrough(false) }
 
     /// Waits for input of a socket that blocks; `begin` was called.
-    /// - Returns: EPOLLIN when there is some, an end of it included, or EPOLLERR; 0 when something else is to be looked for
-    ///   as well.
-    func wait(for socket: Int32) -> UInt32 {
-        guard exchange(State.idle, for: State.waiting) else { return 0 }
-        var byte: UInt8 = 0
-        let count = recv(socket, &byte, 1, Int32(MSG_PEEK))
+    /// - Returns: EPOLLIN when there is some, an end of it included, or EPOLLERR; 0 for neither. And whether something else
+    ///   has ended the wait, in any case: it is not told again.
+    @inline(__always)
+    func wait(for source: any EventSource) -> (ready: UInt32, isDisturbed: Bool) {
+        guard exchange(State.idle, for: State.waiting) else { return (0, true) }
+        let count = source.receiveBlocking()
         // An error is told once.
         let failed = count < 0 && errno != EINTR && errno != EAGAIN
-        if exchange(State.waiting, for: State.idle) {
-            if count >= 0 { return EPOLLIN.rawValue }
-        } else {
-            state.store(State.left, ordering: .sequentiallyConsistent)
-        }
-        return failed ? EPOLLERR.rawValue : 0
+        let isDisturbed = !exchange(State.waiting, for: State.idle)
+        if isDisturbed { state.store(State.left, ordering: .sequentiallyConsistent) }
+        return (failed ? EPOLLERR.rawValue : count >= 0 ? EPOLLIN.rawValue : 0, isDisturbed)
     }
 
     // MARK: On the lookout's thread

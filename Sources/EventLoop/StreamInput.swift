@@ -82,14 +82,15 @@ package struct StreamInput {
     // MARK: Receiving
 
     /// Receives once what is there, without waiting.
+    /// - Parameter flags: 0 waits, where the socket blocks; not for a payload at its place.
     /// - Returns: as recv(2), with `errno`.
-    package mutating func receive() -> Int {
+    package mutating func receive(flags: Int32 = Int32(MSG_DONTWAIT)) -> Int {
         guard let input = roomToReceive() else {
             errno = ENOMEM
             return -1
         }
         if let placed, placed.left > 0 { return receive(placed, input) }
-        let count = recv(descriptor, input.pointee.base + input.pointee.end, input.pointee.room, Int32(MSG_DONTWAIT))
+        let count = recv(descriptor, input.pointee.base + input.pointee.end, input.pointee.room, flags)
         if count > 0 { input.pointee.end &+= count }
         return count
     }

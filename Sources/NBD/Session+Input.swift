@@ -9,7 +9,8 @@ extension Session {
     func receive() {
         guard !input.wantsPlace || place() else { return fail("out of memory") }
         let isPlaced = input.placed != nil
-        var count = input.receive()
+        var count = received ?? input.receive()
+        received = nil
         if count < 0, errno == EAGAIN, polls { count = poll() }
         if count > 0 {
             target.received(self)
@@ -22,6 +23,12 @@ extension Session {
         } else if errno != EAGAIN && errno != EINTR {
             fail("receive: \(errnoText(errno))")
         }
+    }
+
+    package func receiveBlocking() -> Int {
+        let count = input.receive(flags: 0)
+        if count >= 0 { received = count }
+        return count
     }
 
     /// A client next door fills a socket as fast as it is emptied, and going to sleep in between costs both more than the

@@ -59,6 +59,8 @@ package final class Session: EventSource {
     /// Requests from parsing to `release`.
     package private(set) var inFlight = 0
     var heldBytes = 0
+    /// What the last recv(2) returned that was waited in, until it is handled.
+    var received: Int?
     /// Parsing stopped for want of slots or bytes.
     var paused = false
     /// No more requests will come: DISC, end of stream, or the daemon stops.
@@ -187,7 +189,7 @@ package final class Session: EventSource {
             sendReplies()
             if firstReply == nil {
                 if loop.isBusy, clientIsBusy { loop.rest() }
-                if inFlight == 0, let token { loop.expectOnly(token, descriptor: descriptor) }
+                if inFlight == 0, !input.isWithinRequest, let token { loop.expectOnly(token, descriptor: descriptor) }
             }
         }
         if paused { resume() }

@@ -26,9 +26,19 @@ private final class Echo: EventSource, @unchecked Sendable {
         token = nil
     }
 
-    func ready(events: UInt32) {
+    private var waitedFor: (count: Int, byte: UInt8)?
+
+    func receiveBlocking() -> Int {
         var byte: UInt8 = 0
-        let count = recv(descriptor, &byte, 1, Int32(MSG_DONTWAIT))
+        let count = recv(descriptor, &byte, 1, 0)
+        if count >= 0 { waitedFor = (count, byte) }
+        return count
+    }
+
+    func ready(events: UInt32) {
+        var byte = waitedFor?.byte ?? 0
+        let count = waitedFor?.count ?? recv(descriptor, &byte, 1, Int32(MSG_DONTWAIT))
+        waitedFor = nil
         if count == 0 { return remove() }
         guard count == 1 else { return }
         if loop.waitsExclusively { exclusive += 1 }
