@@ -162,12 +162,13 @@ def test_hostile_conductors_when_mapping():
         for bystander in bystanders:
             bystander.assert_unharmed()
         resident = []
-        for _ in range(2):
+        for _ in range(5):
             for _ in range(4):
                 refused("shard100k", CONDUCTORS["shard100k"])
                 refused("endless", SLOW_CONDUCTORS["endless"])
             resident.append(daemon.resident())
-        assert resident[1] < resident[0] + (96 if SANITIZER else 24) * MiB, f"memory grows: {resident}"
+        # What malloc keeps in its arenas goes up and down by 40 MiB; sixteen answers of more than 4 MiB each would be more.
+        assert resident[-1] < resident[0] + (128 if SANITIZER else 56) * MiB, f"memory grows: {resident}"
         assert "  x/" not in daemon.qbd("list").out
         # It listens to a conductor that has come to its senses.
         cluster.volumes["noise"].conductor = None
