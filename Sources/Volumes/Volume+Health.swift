@@ -98,6 +98,19 @@ extension Volume {
         if storeIsSlow { notice(.ioSlow) }
     }
 
+    /// Whether no request is in hand that was there at a time. From any thread; true when the loop has ended.
+    /// - Parameter time: nanoseconds, as of `monotonicNanoseconds`.
+    func hasAnswered(allBefore time: UInt64) async -> Bool {
+        await loop.call { [self] in
+            var oldest = UInt64.max
+            requests.forEachTouched { request in
+                guard request.pointee.place != .nowhere, request.pointee.place != .answered else { return }
+                oldest = min(oldest, request.pointee.admitted)
+            }
+            return oldest > time
+        } ?? true
+    }
+
     private func place(of request: UnsafeMutablePointer<Request>) -> StaticString {
         switch request.pointee.place {
         case .throttle: "waits for the volume's limits"

@@ -51,6 +51,14 @@ extension VolumeManager {
         do { return try body() } catch { throw BackendError(code: error.code, message: error.message) }
     }
 
+    /// Does what may wait for the device's I/O. Never on a loop.
+    @discardableResult
+    static func run(_ work: DeviceWork, _ attached: AttachedDevice) throws(BackendError) -> [String] {
+        try unwrapping { () throws(KernelDeviceError) in
+            try DeviceProcess.run(work, attached.device, attached.identifier)
+        }
+    }
+
     /// Loads the kernel's driver when it is missing.
     func requireDriver(for name: String) async throws(BackendError) {
         do throws(KernelDeviceError) {
@@ -74,7 +82,8 @@ extension VolumeManager {
                     ? BackendError(code: ETIMEDOUT, message: "\(device.path) has I/O in flight that does not end") : nil
             } _: { () throws(BackendError) -> [String] in
                 guard device.backend == attached.identifier.description else { return [] }
-                return QueueSettings(device).setResendInterval(Self.resendInterval(device, heldBack: heldBack))
+                let interval = Self.resendInterval(device, heldBack: heldBack)
+                return try Self.run(.setResendInterval(interval), attached)
             }
             for remark in remarks { volume.logger.warning("\(remark)") }
         } catch { volume.logger.warning("the kernel was not told how long to wait: \(error.message)") }
@@ -134,29 +143,10 @@ extension VolumeManager {
     private func finish(
         _ attached: AttachedDevice, _ volume: Volume, isOpen: Bool, isNew: Bool = false
     ) async throws(BackendError) {
-        let size = volume.export.size
-        let readOnly = volume.export.readOnly
-        let remarks = try await Aside.run { () throws(BackendError) in
-            let device = attached.device
-            guard !isOpen || device.wait(10, until: { $0.size == size }) else {
-                throw BackendError(
-                    code: ETIMEDOUT, message: "\(device.path) has \(device.size) bytes after 10 s instead of \(size)")
-            }
-            var remarks = QueueSettings(device).apply(
-                resendInterval: isNew ? Self.resendInterval(device, heldBack: false) : nil)
-            do throws(SystemError) {
-                try DeviceNames().makeNodes(device)
-                try QueueSettings(device).setReadOnly(readOnly)
-                if isOpen { try QueueSettings(device).scanPartitions() }
-                // Whoever looks at a device reads it.
-                remarks += try DeviceNames().make(device, attached.identifier, asksUdev: isOpen)
-            } catch {
-                guard !isNew else { throw BackendError(error) }
-                // Who uses the device needs its connections, not its names.
-                remarks.append("\(error)")
-            }
-            return remarks
-        }
+        let work = DeviceWork.settle(
+            size: isOpen ? volume.export.size : nil, readOnly: volume.export.readOnly,
+            resendInterval: isNew ? Self.resendInterval(attached.device, heldBack: false) : nil)
+        let remarks = try await Aside.run { () throws(BackendError) in try Self.run(work, attached) }
         for remark in remarks { volume.logger.warning("\(remark)") }
     }
 
@@ -229,7 +219,7 @@ extension VolumeManager {
             logger.warning("\(warning ?? "")")
         }
         // The last who closes a device writes back what its cache holds. Where nobody serves it, that is in vain.
-        var claim: DeviceClaim?
+        var claim: DeviceProcess?
         if let volume, !force { claim = try await flush(attached, volume) }
         await volume?.expectKernelToLeave()
         // Where nothing waits for an answer, nothing keeps the kernel from letting go.
@@ -278,17 +268,15 @@ extension VolumeManager {
     }
 
     /// Makes sure that the kernel holds nothing for a device, and that nobody can begin to use it.
-    private func flush(_ attached: AttachedDevice, _ volume: Volume) async throws(BackendError) -> DeviceClaim {
+    private func flush(_ attached: AttachedDevice, _ volume: Volume) async throws(BackendError) -> DeviceProcess {
         let answers = AnswerWatch(volume)
         // A flush of what is held back would wait for it; what is not written yet is all that has to be known then.
         let state = await volume.status()?.state ?? .normal
         return try await Aside.run {
             await answers.problem
         } _: { () throws(BackendError) in
-            do throws(SystemError) {
-                let claim = try DeviceClaim(attached.device)
-                if state == .normal { try claim.flush() } else { try claim.flushDirty() }
-                return claim
+            do throws(KernelDeviceError) {
+                return try DeviceProcess(.claim(flush: state == .normal), attached.device, attached.identifier)
             } catch {
                 guard error.code == EBUSY else {
                     throw BackendError(
@@ -306,7 +294,7 @@ extension VolumeManager {
     /// - Parameter claim: released when it is disconnected; it keeps others from mounting the device meanwhile.
     /// - Returns: one line for each thing that is not as it should be.
     private static func disconnect(
-        _ attached: AttachedDevice, _ claim: DeviceClaim? = nil
+        _ attached: AttachedDevice, _ claim: DeviceProcess? = nil
     ) throws(BackendError) -> [String] {
         let device = attached.device
         try unwrapping { () throws(KernelDeviceError) in
@@ -318,7 +306,9 @@ extension VolumeManager {
             remarks.append("\(device.path) is disconnected, and still open somewhere")
         } else if !device.partitions.isEmpty {
             // The kernel forgets partitions of a disk that has gone when it is opened next.
-            do throws(SystemError) { try QueueSettings(device).scanPartitions() } catch { remarks.append("\(error)") }
+            do throws(BackendError) { remarks += try run(.dropPartitions, attached) } catch {
+                remarks.append(error.message)
+            }
         }
         return remarks + DeviceNames().remove(device, attached.identifier)
     }
@@ -341,9 +331,12 @@ extension VolumeManager {
         }
         guard !sockets.isEmpty else { return }
         volume.attachKernel(sockets)
-        let size = volume.export.size
         if settings.gate != .suspended {
-            try await Aside.run { () throws(BackendError) in try Self.grow(attached, to: size) }
+            do throws(BackendError) { try await setSize(attached, volume) } catch {
+                // Who uses the device needs its connections more than its size.
+                volume.logger.warning(
+                    "the volume has grown, but \(error.message); `qbd resize --to-store-size` finishes that")
+            }
         }
         try await finish(attached, volume, isOpen: settings.gate == .normal)
     }

@@ -7,6 +7,9 @@ import NBD
 // A volume grows from its store upwards: the file, the volume's loop, the kernel's device. When a step fails, those
 // below it have grown and stay so; `resize` to the store's size takes up from there.
 extension VolumeManager {
+    /// Seconds that I/O in flight gets before a device grows.
+    private static let answerTimeout = 10.0
+
     /// Grows a mapped volume, its device included, under the file systems on it.
     /// - Parameters:
     ///   - size: bytes; nil takes over the size the volume has at its store.
@@ -62,33 +65,39 @@ extension VolumeManager {
 
     /// Gives the device the size of its volume; `/dev` has it on return, and the names of its partitions.
     private func grow(_ attached: AttachedDevice, _ volume: Volume, rescan: Bool) async throws(BackendError) {
-        let size = volume.export.size
-        try await Aside.run { () throws(BackendError) in
-            try Self.grow(attached, to: size)
-            guard rescan else { return }
-            do throws(SystemError) { try QueueSettings(attached.device).rescanPartitions() } catch {
-                guard error.code == EBUSY else { throw BackendError(error) }
-                throw BackendError(
-                    code: EBUSY,
-                    message: "the partition table of \(attached.device.path) was not read again, because a partition"
-                        + " is in use; unmount it")
+        try await setSize(attached, volume)
+        if rescan {
+            _ = try await Aside.run { () throws(BackendError) in
+                do throws(BackendError) { return try Self.run(.rescanPartitions, attached) } catch {
+                    guard error.code == EBUSY else { throw error }
+                    throw BackendError(
+                        code: EBUSY,
+                        message:
+                            "the partition table of \(attached.device.path) was not read again, because a partition"
+                            + " is in use; unmount it")
+                }
             }
         }
         await renew(attached, volume)
     }
 
-    /// On a thread of its own, while the volume's I/O runs: the kernel waits for all that is in flight.
-    static func grow(_ attached: AttachedDevice, to size: UInt64) throws(BackendError) {
-        let device = attached.device
-        guard device.size != size else { return }
-        var reconfigure = KernelReconfigure(index: device.index, identifier: attached.identifier.description)
-        reconfigure.size = size
-        do throws(KernelDeviceError) { try KernelDevices().reconfigure(reconfigure) } catch {
-            throw BackendError(code: error.code, message: error.message)
+    /// Tells the kernel of a device's size, if it is another one.
+    ///
+    /// From Linux 6.11 on, that waits for all I/O in flight, and while it does no device of the host is connected or
+    /// disconnected; not even a new daemon could answer that I/O. So it is begun when the volume answers, and not before.
+    func setSize(_ attached: AttachedDevice, _ volume: Volume) async throws(BackendError) {
+        let size = volume.export.size
+        guard attached.device.size != size else { return }
+        let (asked, late) = (monotonicNanoseconds(), Deadline(seconds: Self.answerTimeout))
+        while await !volume.hasAnswered(allBefore: asked) {
+            guard !late.passed else {
+                throw BackendError(
+                    code: EBUSY,
+                    message: "\(attached.device.path) has not, because I/O that is in flight was not done within"
+                        + " \(Int(Self.answerTimeout)) s, and the kernel would wait for it; see `qbd info`")
+            }
+            await wait(nanoseconds: 5_000_000)
         }
-        guard device.wait(10, until: { $0.size == size }) else {
-            throw BackendError(
-                code: ETIMEDOUT, message: "\(device.path) has \(device.size) bytes after 10 s instead of \(size)")
-        }
+        _ = try await Aside.run { () throws(BackendError) in try Self.run(.grow(to: size), attached) }
     }
 }

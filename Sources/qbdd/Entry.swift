@@ -9,6 +9,7 @@ import Service
 @main
 enum Entry {
     static func main() {
+        if let status = DeviceProcess.main(CommandLine.arguments) { exit(status) }
         let signals = Signals()
         let options: Options
         do {

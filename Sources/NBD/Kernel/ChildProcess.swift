@@ -23,7 +23,7 @@ enum ChildProcess {
         defer { close(output) }
         let child: pid_t
         do throws(SystemError) {
-            child = try spawn(path, arguments, errors: ends[1])
+            child = try spawn(path, [path] + arguments, errors: ends[1])
             close(ends[1])
         } catch {
             close(ends[1])
@@ -51,13 +51,25 @@ enum ChildProcess {
         return Result(status: status, errorOutput: String(decoding: text, as: UTF8.self), timedOut: timedOut)
     }
 
-    private static func spawn(_ path: String, _ arguments: [String], errors: Int32) throws(SystemError) -> pid_t {
+    /// Starts a program, with no signal blocked and nothing of ours open in it but what is given.
+    /// - Parameters:
+    ///   - words: its arguments, the first of which is its name.
+    ///   - input: nil for none, as for the outputs; they stay the caller's to close.
+    static func spawn(
+        _ path: String, _ words: [String], input: Int32? = nil, output: Int32? = nil, errors: Int32? = nil
+    ) throws(SystemError) -> pid_t {
         var actions = posix_spawn_file_actions_t()
         posix_spawn_file_actions_init(&actions)
         defer { posix_spawn_file_actions_destroy(&actions) }
-        posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDONLY, 0)
-        posix_spawn_file_actions_addopen(&actions, 1, "/dev/null", O_WRONLY, 0)
-        posix_spawn_file_actions_adddup2(&actions, errors, 2)
+        for (standard, given) in [(STDIN_FILENO, input), (STDOUT_FILENO, output), (STDERR_FILENO, errors)] {
+            if let given {
+                posix_spawn_file_actions_adddup2(&actions, given, standard)
+            } else {
+                let flags = standard == STDIN_FILENO ? O_RDONLY : O_WRONLY
+                posix_spawn_file_actions_addopen(&actions, standard, "/dev/null", flags, 0)
+            }
+        }
+        qbd_spawn_closefrom(&actions, STDERR_FILENO + 1)
         var attributes = posix_spawnattr_t()
         posix_spawnattr_init(&attributes)
         defer { posix_spawnattr_destroy(&attributes) }
@@ -66,13 +78,13 @@ enum ChildProcess {
         sigemptyset(&none)
         posix_spawnattr_setsigmask(&attributes, &none)
         posix_spawnattr_setflags(&attributes, Int16(POSIX_SPAWN_SETSIGMASK))
-        let words: [UnsafeMutablePointer<CChar>?] = ([path] + arguments).map { strdup($0) } + [nil]
-        defer { for word in words { free(word) } }
+        let arguments: [UnsafeMutablePointer<CChar>?] = words.map { strdup($0) } + [nil]
+        defer { for word in arguments { free(word) } }
         // A program of the system finds what it needs along this path, whatever ours is.
         let environment: [UnsafeMutablePointer<CChar>?] = [strdup("PATH=/usr/sbin:/usr/bin:/sbin:/bin"), nil]
         defer { for word in environment { free(word) } }
         var child: pid_t = 0
-        let code = posix_spawn(&child, path, &actions, &attributes, words, environment)
+        let code = posix_spawn(&child, path, &actions, &attributes, arguments, environment)
         guard code == 0 else { throw SystemError(code: code, operation: "run \(path)") }
         // The daemon is never ended when memory runs out; what it runs has no such claim. Where the daemon's own was not
         // set, there is nothing to change.

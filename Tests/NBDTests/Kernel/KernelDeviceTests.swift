@@ -127,4 +127,22 @@ import Testing
         #expect(problems.count == 1)
         #expect(problems.first?.contains("scheduler") == true)
     }
+
+    @Test(
+        arguments: [
+            .settle(size: 1 << 40, readOnly: true, resendInterval: 2000),
+            .settle(size: nil, readOnly: false, resendInterval: nil),
+            .setResendInterval(30_000), .grow(to: 1 << 20), .rescanPartitions, .dropPartitions, .claim(flush: true),
+            .claim(flush: false),
+        ] as [DeviceWork]) func workIsTheSameFromItsWords(_ work: DeviceWork)
+    {
+        #expect(DeviceWork(words: work.words) == work)
+    }
+
+    @Test(arguments: [
+        [], ["settle"], ["settle", "x", "true", "-"], ["grow", "-"], ["grow", "1", "2"], ["claim", "1"],
+    ])
+    func wordsOfNoWorkAreNone(_ words: [String]) {
+        #expect(DeviceWork(words: words) == nil)
+    }
 }

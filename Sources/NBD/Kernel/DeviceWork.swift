@@ -1,0 +1,131 @@
+import EventLoop
+import Glibc
+
+/// What is done to a device that may wait for the device's I/O. `DeviceProcess` does it.
+package enum DeviceWork: Sendable, Equatable {
+    /// All that follows on new connections: queue, access, partitions, names.
+    /// - Parameters:
+    ///   - size: bytes it must have after at most 10 s; nil when the volume's I/O does not run, so that a look
+    ///     for partitions would wait for it, or find none.
+    ///   - resendInterval: see `QueueSettings.setResendInterval`; nil for a device that is in use already. Who uses it
+    ///     needs its connections and not its names: what fails then is a remark.
+    case settle(size: UInt64?, readOnly: Bool, resendInterval: UInt32?)
+    /// Milliseconds; see `QueueSettings.setResendInterval`.
+    case setResendInterval(UInt32)
+    /// Gives it another size, in bytes, unless it has that. Only while the volume's I/O runs.
+    case grow(to: UInt64)
+    /// Reads the partition table again.
+    case rescanPartitions
+    /// Lets the kernel forget the partitions of a disk that has gone.
+    case dropPartitions
+    /// Keeps others from using it, and writes back what the kernel holds for it: see `DeviceClaim`.
+    /// - Parameter flush: whether the volume is asked to make everything durable, too; else it hears of what was not
+    ///   written yet and of nothing else.
+    case claim(flush: Bool)
+
+    /// Seconds the driver has to say a size.
+    private static let sizeTimeout = 10.0
+
+    // MARK: As words of a command line
+
+    var words: [String] {
+        func word<Value>(_ value: Value?) -> String { value.map { "\($0)" } ?? "-" }
+        return switch self {
+        case .settle(let size, let readOnly, let interval): ["settle", word(size), word(readOnly), word(interval)]
+        case .setResendInterval(let interval): ["set-resend-interval", word(interval)]
+        case .grow(let size): ["grow", word(size)]
+        case .rescanPartitions: ["rescan-partitions"]
+        case .dropPartitions: ["drop-partitions"]
+        case .claim(let flush): ["claim", word(flush)]
+        }
+    }
+
+    /// Nil for what `words` does not make.
+    init?(words: [String]) {
+        switch words.first {
+        case "settle" where words.count == 4:
+            guard let readOnly = Bool(words[2]) else { return nil }
+            self = .settle(size: UInt64(words[1]), readOnly: readOnly, resendInterval: UInt32(words[3]))
+        case "set-resend-interval" where words.count == 2:
+            guard let interval = UInt32(words[1]) else { return nil }
+            self = .setResendInterval(interval)
+        case "grow" where words.count == 2:
+            guard let size = UInt64(words[1]) else { return nil }
+            self = .grow(to: size)
+        case "rescan-partitions": self = .rescanPartitions
+        case "drop-partitions": self = .dropPartitions
+        case "claim" where words.count == 2:
+            guard let flush = Bool(words[1]) else { return nil }
+            self = .claim(flush: flush)
+        default: return nil
+        }
+        guard self.words == words else { return nil }
+    }
+
+    // MARK: Doing it
+
+    /// Does it, in the calling thread.
+    /// - Parameter remark: told one line for each thing that is not as it should be.
+    /// - Returns: what a claim keeps; nil for all others.
+    func perform(
+        _ device: KernelDevice, _ identifier: DeviceIdentifier, _ remark: (String) -> Void
+    ) throws(KernelDeviceError) -> DeviceClaim? {
+        let settings = QueueSettings(device)
+        switch self {
+        case .settle(let size, let readOnly, let resendInterval):
+            if let size { try Self.wait(for: size, device) }
+            settings.apply(resendInterval: resendInterval).forEach(remark)
+            do throws(KernelDeviceError) {
+                try Self.open(device, identifier, readOnly: readOnly, isServed: size != nil, remark)
+            } catch {
+                guard resendInterval == nil else { throw error }
+                remark(error.message)
+            }
+        case .setResendInterval(let interval): settings.setResendInterval(interval).forEach(remark)
+        case .grow(let size):
+            guard device.size != size else { break }
+            var reconfigure = KernelReconfigure(index: device.index, identifier: identifier.description)
+            reconfigure.size = size
+            try KernelDevices(root: device.root).reconfigure(reconfigure)
+            try Self.wait(for: size, device)
+        case .rescanPartitions: try Self.naming { () throws(SystemError) in try settings.rescanPartitions() }
+        case .dropPartitions: try Self.naming { () throws(SystemError) in try settings.scanPartitions() }
+        case .claim(let flush):
+            return try Self.naming { () throws(SystemError) in
+                let claim = try DeviceClaim(device)
+                if flush { try claim.flush() } else { try claim.flushDirty() }
+                return claim
+            }
+        }
+        return nil
+    }
+
+    private static func wait(for size: UInt64, _ device: KernelDevice) throws(KernelDeviceError) {
+        guard device.wait(sizeTimeout, until: { $0.size == size }) else {
+            throw KernelDeviceError(
+                code: ETIMEDOUT,
+                "\(device.path) has \(device.size) bytes after \(Int(sizeTimeout)) s instead of \(size)")
+        }
+    }
+
+    /// - Parameter isServed: whether who reads the device gets an answer.
+    private static func open(
+        _ device: KernelDevice, _ identifier: DeviceIdentifier, readOnly: Bool, isServed: Bool,
+        _ remark: (String) -> Void
+    ) throws(KernelDeviceError) {
+        try naming { () throws(SystemError) in
+            let names = DeviceNames(root: device.root)
+            try names.makeNodes(device)
+            try QueueSettings(device).setReadOnly(readOnly)
+            if isServed { try QueueSettings(device).scanPartitions() }
+            // Whoever looks at a device reads it.
+            try names.make(device, identifier, asksUdev: isServed).forEach(remark)
+        }
+    }
+
+    private static func naming<Value>(
+        _ body: () throws(SystemError) -> Value
+    ) throws(KernelDeviceError) -> Value {
+        do throws(SystemError) { return try body() } catch { throw KernelDeviceError(error) }
+    }
+}
