@@ -28,7 +28,7 @@ package enum DeviceWork: Sendable, Equatable {
 
     // MARK: As words of a command line
 
-    var words: [String] {
+    package var words: [String] {
         func word<Value>(_ value: Value?) -> String { value.map { "\($0)" } ?? "-" }
         return switch self {
         case .settle(let size, let readOnly, let interval): ["settle", word(size), word(readOnly), word(interval)]
@@ -41,7 +41,7 @@ package enum DeviceWork: Sendable, Equatable {
     }
 
     /// Nil for what `words` does not make.
-    init?(words: [String]) {
+    package init?(words: [String]) {
         switch words.first {
         case "settle" where words.count == 4:
             guard let readOnly = Bool(words[2]) else { return nil }
