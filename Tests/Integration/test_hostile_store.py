@@ -161,14 +161,12 @@ def test_hostile_conductors_when_mapping():
             refused(name, conductor)
         for bystander in bystanders:
             bystander.assert_unharmed()
-        resident = []
-        for _ in range(5):
-            for _ in range(4):
-                refused("shard100k", CONDUCTORS["shard100k"])
-                refused("endless", SLOW_CONDUCTORS["endless"])
-            resident.append(daemon.resident())
-        # What malloc keeps in its arenas goes up and down by 40 MiB; sixteen answers of more than 4 MiB each would be more.
-        assert resident[-1] < resident[0] + (128 if SANITIZER else 56) * MiB, f"memory grows: {resident}"
+        # An answer may have 8 MiB. What is freed is the system's again a moment later, but for what a sanitizer keeps.
+        limit = daemon.resident() + 128 * MiB if SANITIZER else 40 * MiB
+        for _ in range(8):
+            refused("shard100k", CONDUCTORS["shard100k"])
+            refused("endless", SLOW_CONDUCTORS["endless"])
+        wait_for(lambda: daemon.resident() < limit, "memory is given back")
         assert "  x/" not in daemon.qbd("list").out
         # It listens to a conductor that has come to its senses.
         cluster.volumes["noise"].conductor = None

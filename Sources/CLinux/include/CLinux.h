@@ -15,6 +15,7 @@
 #include <linux/fs.h>
 #include <linux/netlink.h>
 #include <linux/sockios.h>
+#include <malloc.h>
 #include <pthread.h>
 #include <sched.h>
 #include <semaphore.h>
@@ -111,6 +112,8 @@ static inline int qbd_blkroset(int fd, int read_only) { return ioctl(fd, BLKROSE
 
 // prctl(2) is variadic.
 static inline int qbd_set_io_flusher(void) { return prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0); }
+// mallopt(3) is not in Swift's Glibc module. Blocks of so many bytes and more are the kernel's again when they are freed.
+static inline int qbd_set_malloc_mmap_threshold(int bytes) { return mallopt(M_MMAP_THRESHOLD, bytes); }
 // How often the calling thread has waited for something; being preempted does not count.
 long qbd_thread_waits(void);
 static inline pid_t qbd_gettid(void) { return gettid(); }

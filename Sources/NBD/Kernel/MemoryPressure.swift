@@ -38,6 +38,8 @@ package enum MemoryPressure {
     /// Locks what is in memory now, and each page from its first use on.
     /// - Returns: why not.
     private static func lockMemory() -> String? {
+        // What malloc keeps for later would be locked, too. Its own threshold goes up to 32 MiB with what is freed.
+        _ = qbd_set_malloc_mmap_threshold(256 << 10)
         var unlimited = rlimit(rlim_cur: rlim_t.max, rlim_max: rlim_t.max)
         let raised = setrlimit(__rlimit_resource_t(__RLIMIT_MEMLOCK.rawValue), &unlimited) == 0
         // With a limit, mapping memory would fail once it is used up, which is worse than not to lock.
