@@ -46,7 +46,7 @@ package struct DeviceNames: Sendable {
     }
 
     /// Makes the names of a device that is connected and whose partitions were scanned. Replaces links of ours that are
-    /// left from before.
+    /// left from before. ENODEV when the device is another one's now.
     /// - Parameter asksUdev: udev is asked to look again if it does not know the names. Once for a device: it is told to
     ///   everybody as a change.
     /// - Returns: one line for each thing that is not as it should be, though the names are there.
@@ -60,6 +60,11 @@ package struct DeviceNames: Sendable {
             remarks = awaitUdev(device, asks: asksUdev) { disk.allSatisfy(udev.links(of: device).contains) }
         }
         try checkOthers(device, identifier)
+        // Work begun for a mapping that is over must not name what has come in its place.
+        guard device.identifier == identifier else {
+            throw SystemError(
+                code: ENODEV, operation: "make the names of \(device.path) (it is not that of \(identifier) any more)")
+        }
         try makeNodes(device)
         for link in links { try make(link) }
         for stale in partitionLinks(of: identifier) where !links.contains(where: { $0.path == stale }) { remove(stale) }

@@ -28,6 +28,16 @@ import Testing
         #expect(root.list("/dev") == ["nbd5", "nbd5p1", "nbd5p12"], "no link and no empty folder is left")
     }
 
+    @Test(arguments: [nil, "qbd:0:rbd/disk:0000000000000002"])
+    func aDeviceThatIsAnotherOneNowGetsNoNames(backend: String?) throws {
+        let (root, device, names) = try setUp()
+        root.disconnect(5)
+        if let backend { root.device(5, backend: backend) }
+        let error = #expect(throws: SystemError.self) { _ = try names.make(device, identifier) }
+        #expect(error?.code == ENODEV)
+        #expect(root.list("/dev") == ["nbd5"])
+    }
+
     @Test func foldersWithOtherVolumesStay() throws {
         let (root, device, names) = try setUp()
         root.link("/dev/qbd/rbd/other", "../../nbd6")
