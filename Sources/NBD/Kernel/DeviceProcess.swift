@@ -132,9 +132,10 @@ package final class DeviceProcess: Sendable {
         do throws(KernelDeviceError) {
             let claim = try work.perform(KernelDevice(index: index), identifier) { say("\(Kind.remark)\($0)") }
             say("\(Kind.done)")
-            var byte: UInt8 = 0
-            while read(STDIN_FILENO, &byte, 1) < 0, errno == EINTR {}
-            claim?.release()
+            withExtendedLifetime(claim) {
+                var byte: UInt8 = 0
+                while read(STDIN_FILENO, &byte, 1) < 0, errno == EINTR {}
+            }
             return 0
         } catch {
             say("\(Kind.failure)\(error.code) \(error.message)")
