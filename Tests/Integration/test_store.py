@@ -1162,5 +1162,6 @@ def test_what_it_says_at_its_start(new_store):
     # Without --config.
     store.options = store.options[2:]
     store.start(QBD_CONFIG=store.config)
-    assert all(f" port {port}" in store.log() for port in store.ports), store.log()
+    # It says so once it accepts.
+    wait_for(lambda: all(f" port {port}" in store.log() for port in store.ports), "it names its ports")
     assert f"{store.config} has no pools" in store.log()

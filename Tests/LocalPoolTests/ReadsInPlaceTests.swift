@@ -101,11 +101,14 @@ private let isPossible: Bool = {
     @Test(arguments: [(0, 128 << 10), (512, 128 << 10), (4096 * 3, 32 << 10), (1024, 960 << 10)])
     func whatIsInMemoryIsPassedOn(offset: Int, length: Int) async throws {
         let reader = try await Reader(volume)
+        var passedOn = 0
         for _ in 0..<100 {
             let (read, inPlace) = await reader.read(UInt64(offset), UInt32(length))
             #expect(read == Array(data[offset..<(offset + length)]))
-            #expect(inPlace)
+            if inPlace { passedOn += 1 }
         }
+        // The kernel may take pages away at any time; the next read brings them back.
+        #expect(passedOn >= 95)
         await reader.close()
         volume.close()
     }
