@@ -14,8 +14,8 @@ import Synchronization
 /// that says how it went, and ends when the daemon closes its end of the socket between them, or ends itself.
 package final class DeviceProcess: Sendable {
     private static let option = "--device-work"
-    /// Its name in ps and in what `qbd unmap` says of a device in use.
-    private static let name = "qbdd:device"
+    /// Its name in ps.
+    static let name = "qbdd:device"
 
     /// What a line begins with. Behind `failure` stands the errno, a space and the text.
     private enum Kind {
@@ -113,6 +113,11 @@ package final class DeviceProcess: Sendable {
                 throw KernelDeviceError(code: ECHILD, "the process '\(name)' of a device was ended by somebody")
             }
         }
+    }
+
+    /// Whether a program's arguments are those of such a process for a device, whatever daemon began it.
+    static func isWorker(_ arguments: [String], on device: KernelDevice) -> Bool {
+        arguments.count > 2 && arguments[1] == option && arguments[2] == String(device.index)
     }
 
     // MARK: In the process

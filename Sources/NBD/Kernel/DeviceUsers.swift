@@ -92,7 +92,7 @@ package struct DeviceUsers: Sendable {
     func processes(except: pid_t) -> [String] {
         var phrases: [String] = []
         var more = 0
-        for process in processIDs() where process != String(except) && hasOpen(process) {
+        for process in processIDs() where process != String(except) && !isWorker(process) && hasOpen(process) {
             if phrases.count < Self.maximumProcesses {
                 phrases.append("open in process \(process) (\(command(process)))")
             } else {
@@ -100,6 +100,16 @@ package struct DeviceUsers: Sendable {
             }
         }
         return more == 0 ? phrases : phrases + ["open in \(more) more processes"]
+    }
+
+    /// Whether a `DeviceProcess` is at work on the device, but this one. A daemon that was killed leaves one behind for
+    /// as long as the device's I/O waits: nobody's use of the device, which ends with the device at the latest.
+    var hasWorker: Bool { processIDs().contains { $0 != String(getpid()) && isWorker($0) } }
+
+    private func isWorker(_ process: String) -> Bool {
+        guard command(process) == DeviceProcess.name else { return false }
+        let words = TextFile.read("\(root)/proc/\(process)/cmdline")?.split(separator: "\0").map { String($0) } ?? []
+        return DeviceProcess.isWorker(words, on: device)
     }
 
     /// Only what stands in some /dev is looked at closer.

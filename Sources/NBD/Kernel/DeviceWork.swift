@@ -25,6 +25,8 @@ package enum DeviceWork: Sendable, Equatable {
 
     /// Seconds the driver has to say a size.
     private static let sizeTimeout = 10.0
+    /// Seconds another process of ours has to let go of the device.
+    private static let claimTimeout = 10.0
 
     // MARK: As words of a command line
 
@@ -92,12 +94,23 @@ package enum DeviceWork: Sendable, Equatable {
         case .dropPartitions: try Self.naming { () throws(SystemError) in try settings.scanPartitions() }
         case .claim(let flush):
             return try Self.naming { () throws(SystemError) in
-                let claim = try DeviceClaim(device)
+                let claim = try Self.claim(device)
                 if flush { try claim.flush() } else { try claim.flushDirty() }
                 return claim
             }
         }
         return nil
+    }
+
+    /// A daemon that was killed while it had a claim leaves that until the device's cache is written back.
+    private static func claim(_ device: KernelDevice) throws(SystemError) -> DeviceClaim {
+        let deadline = Deadline(seconds: claimTimeout)
+        while true {
+            do throws(SystemError) { return try DeviceClaim(device) } catch {
+                guard error.code == EBUSY, !deadline.passed, DeviceUsers(device).hasWorker else { throw error }
+                pause(5_000_000)
+            }
+        }
     }
 
     private static func wait(for size: UInt64, _ device: KernelDevice) throws(KernelDeviceError) {

@@ -112,6 +112,21 @@ import Testing
         #expect(phrases.last == "open in 12 more processes")
     }
 
+    /// A daemon that was killed leaves its own behind.
+    @Test func aProcessThatWorksOnTheDeviceForTheDaemonIsNoUser() throws {
+        let root = try FakeRoot()
+        root.device(0)
+        for (process, name, index) in [(100, "qbdd:device", 0), (101, "qbdd:device", 1), (102, "qbdd", 0)] {
+            root.write("/proc/\(process)/comm", "\(name)\n")
+            root.write("/proc/\(process)/cmdline", "qbdd\0--device-work\0\(index)\0qbd:x\0rescan-partitions\0")
+            root.link("/proc/\(process)/fd/3", "/dev/nbd0")
+        }
+        let users = DeviceUsers(KernelDevice(index: 0, root: root.path))
+        #expect(users.phrases() == ["open in process 101 (qbdd:device)", "open in process 102 (qbdd)"])
+        #expect(users.hasWorker)
+        #expect(!DeviceUsers(KernelDevice(index: 2, root: root.path)).hasWorker)
+    }
+
     @Test func aDeviceNobodyUsesHasNoUsers() throws {
         let root = try FakeRoot()
         root.device(0)

@@ -53,15 +53,20 @@ def kill(daemon):
         raise AssertionError("the daemon does not end") from None
 
 
-def test_killed_in_the_first_look_at_a_device(daemon, store, processes, kernel_log):
-    other = daemon.disk("disk/other")
-    write_pattern(other, "other")
+def kill_in_the_first_look(daemon, store, processes):
+    """Maps net/a while its store is silent, and kills the daemon while the kernel reads the partition table."""
     daemon.create("net/a")
     store.faults(stop=1)
     mapping = begin(processes, daemon, "map", "net/a")
     wait_for(lambda: waits_for_io("read"), "the kernel reads the partition table")
     kill(daemon)
     assert mapping.wait(20) != 0
+
+
+def test_killed_in_the_first_look_at_a_device(daemon, store, processes, kernel_log):
+    other = daemon.disk("disk/other")
+    write_pattern(other, "other")
+    kill_in_the_first_look(daemon, store, processes)
     daemon.start()
     assert read_pattern(other) == "other"
     store.faults(stop=0)
@@ -69,6 +74,16 @@ def test_killed_in_the_first_look_at_a_device(daemon, store, processes, kernel_l
     write_pattern(device, "after")
     assert read_pattern(device) == "after"
     assert kernel_log.matching(IO_ERROR) == []
+
+
+def test_the_daemon_s_own_look_at_a_device_is_no_use_of_it(daemon, store, processes):
+    """What a killed daemon began waits in the kernel for the volume, and must not keep that from being given up."""
+    kill_in_the_first_look(daemon, store, processes)
+    daemon.config.write_text(daemon.config.read_text().replace("[conductor]", "[not.read]"))
+    daemon.start()
+    assert "not taken over" in daemon.json("info", "net/a")["waits"]
+    daemon.qbd("unmap", "net/a").succeeded()
+    assert connected_devices() == [] and daemon.rows() == []
 
 
 def test_growing_does_not_wait_for_the_store(daemon, store, processes):

@@ -76,7 +76,9 @@ def test_load_does_not_notice_restarts_while_another_volume_comes_and_goes(daemo
         other.join()
     assert strange == []
     assert len(cycles) > 10
-    assert kernel_log.matching(IO_ERROR) == []
+    # What the kernel still reads of a memory pool's volume when that is gone does fail.
+    errors = [line for line in kernel_log.matching(IO_ERROR) if re.search(rf"\b{device.kernel_name}\b", line)]
+    assert errors == []
     assert daemon.mapped() - {"ram/b"} == {"disk/a"}
 
 
