@@ -133,7 +133,12 @@ final class MappingStore: Sendable {
         let directory = try Directory(path: path)
         var documents: [MappingDocument] = []
         var damaged: [String] = []
-        for file in try directory.names() where file.hasSuffix(Self.suffix) && !file.hasPrefix("~") {
+        for file in try directory.names() where file.hasSuffix(Self.suffix) {
+            if file.hasPrefix("~") {
+                // Of a daemon that was killed while it wrote. Where it cannot be removed, the next one writes over it.
+                try? directory.remove(file)
+                continue
+            }
             do {
                 let document = try JSONDecoder().decode(MappingDocument.self, from: Data(try directory.read(file)))
                 guard file == Self.file(document.pool, document.volume) else {

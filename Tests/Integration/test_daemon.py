@@ -271,6 +271,13 @@ def test_mappings_come_back(daemon, how):
     daemon.map("ram/gone")
 
 
+def test_half_written_state_of_a_killed_daemon_is_removed(new_daemon):
+    daemon = new_daemon()
+    (daemon.state / "~disk@a.mapping").write_text('{"volume": "di')
+    daemon.start()
+    assert [path.name for path in daemon.state.glob("*.mapping")] == []
+
+
 def test_damaged_state_does_not_keep_the_daemon_from_starting(daemon):
     """It says which file; the other mappings come back, and the volume can be mapped again."""
     daemon.volume("disk/a", MiB)
