@@ -63,6 +63,9 @@ package struct StreamInput {
     package var missing = 0
     /// The payload that is received at its place.
     package private(set) var placed: PlacedPayload?
+    /// The request before was a large one: of what comes next, the header alone is received, so that none of a payload
+    /// behind it has to be moved to its place.
+    private var headerAlone = false
 
     /// - Parameters:
     ///   - descriptor: a connected stream socket; stays the owner's.
@@ -90,8 +93,12 @@ package struct StreamInput {
             return -1
         }
         if let placed, placed.left > 0 { return receive(placed, input) }
-        let count = recv(descriptor, input.pointee.base + input.pointee.end, input.pointee.room, flags)
-        if count > 0 { input.pointee.end &+= count }
+        let room = headerAlone ? headerSize &- input.pointee.available : input.pointee.room
+        let count = recv(descriptor, input.pointee.base + input.pointee.end, room, flags)
+        if count > 0 {
+            input.pointee.end &+= count
+            headerAlone = false
+        }
         return count
     }
 
@@ -212,6 +219,7 @@ package struct StreamInput {
         let own = placed?.own
         own?.pointee.references = 1
         placed = nil
+        headerAlone = current.map { $0.pointee.available < headerSize } ?? true
         return own
     }
 
