@@ -63,10 +63,11 @@ package struct Gathering {
         if count == 0, let pipe {
             return splice(pipe.reader, nil, descriptor, nil, pipe.length, UInt32(SPLICE_F_NONBLOCK))
         }
+        let flags = Int32(MSG_NOSIGNAL | MSG_DONTWAIT | (pipe == nil ? 0 : MSG_MORE))
+        if count == 1 { return Glibc.send(descriptor, vectors[0].iov_base, vectors[0].iov_len, flags) }
         var message = msghdr()
         message.msg_iov = vectors
         message.msg_iovlen = count
-        let more = pipe == nil ? 0 : MSG_MORE
-        return sendmsg(descriptor, &message, Int32(MSG_NOSIGNAL | MSG_DONTWAIT | more))
+        return sendmsg(descriptor, &message, flags)
     }
 }

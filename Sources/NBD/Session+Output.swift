@@ -46,13 +46,22 @@ extension Session {
         return Int(qbd_socket_unread(descriptor)) >= unreadWhenBusy
     }
 
+    /// Whether the client sleeps until the one reply that is queued has come: its head is sent alone, and the client wakes
+    /// up while the data behind it is copied.
+    @inline(__always)
+    private var wakesByHead: Bool {
+        isLocal && loop.waitsExclusively && loop.lastWait >= Self.sleep && firstReply == lastReply && sentOfFirst == 0
+    }
+
     /// Lays the unsent bytes of the queued replies out in `vectors`.
     @inline(__always)
     private func gather() -> Gathering {
         var gathering = Gathering(vectors, capacity: Self.vectorCapacity, sent: sentOfFirst)
         var next = firstReply
+        let headFirst = wakesByHead
         while let request = next, gathering.room > 2 {
             gathering.add(UnsafeMutableRawPointer(request), request.pointee.headCount)
+            if headFirst { break }
             if let text = request.pointee.errorText, request.pointee.status != 0 {
                 gathering.add(UnsafeMutableRawPointer(mutating: text.utf8Start), text.utf8CodeUnitCount)
             }

@@ -38,6 +38,8 @@ package final class Session: EventSource {
     /// Nanoseconds: what going to sleep and waking up cost, and a sleep that was not worth it.
     static let pollTime: UInt64 = 20_000
     static let shortSleep: UInt64 = 250_000
+    /// Nanoseconds: who did not ask for so long waited for the reply before.
+    static let sleep: UInt64 = 10_000
 
     /// For the log: "unix" or the peer's address.
     package let peer: String
