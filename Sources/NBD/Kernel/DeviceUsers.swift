@@ -104,7 +104,7 @@ package struct DeviceUsers: Sendable {
 
     /// Whether a `DeviceProcess` is at work on the device, but this one. A daemon that was killed leaves one behind for
     /// as long as the device's I/O waits: nobody's use of the device, which ends with the device at the latest.
-    var hasWorker: Bool { processIDs().contains { $0 != String(getpid()) && isWorker($0) } }
+    package var hasWorker: Bool { processIDs().contains { $0 != String(getpid()) && isWorker($0) } }
 
     private func isWorker(_ process: String) -> Bool {
         guard command(process) == DeviceProcess.name else { return false }

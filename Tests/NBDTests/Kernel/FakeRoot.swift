@@ -54,7 +54,7 @@ final class FakeRoot {
     func write(_ name: String, _ text: String, mode: mode_t = 0o644) {
         parent(name)
         let file = fopen(path + name, "w")
-        fputs(text, file)
+        fwrite(text, 1, text.utf8.count, file)
         fclose(file)
         chmod(path + name, mode)
     }
