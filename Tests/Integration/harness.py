@@ -6,10 +6,12 @@ Every path of a daemon is overridden, so any number of them run side by side, an
 import contextlib
 import dataclasses
 import http.client
+import itertools
 import json
 import mmap
 import os
 import pathlib
+import random
 import re
 import select
 import shutil
@@ -335,10 +337,19 @@ class Daemon(Server):
         return sum(path.stat().st_blocks * 512 for path in self.pool_path.rglob("*") if path.is_file())
 
 
+# Below the range the kernel gives to connections and to port 0, so that neither takes one between the question and the
+# server's start. Each is given once.
+_first_port = random.randrange(10_000, 32_768)
+_ports = itertools.chain(range(_first_port, 32_768), range(10_000, _first_port))
+
+
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that nobody has at any address, and that no other call returned."""
+    for port in _ports:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise AssertionError("no TCP port below 32768 is left")
 
 
 class Watchdog:
