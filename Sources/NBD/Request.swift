@@ -183,6 +183,14 @@ package struct Request {
     /// It is not answered, and changes bytes of the volume.
     package var mayChangeData: Bool { place != .nowhere && place != .answered && command.changesData }
 
+    /// Where structured replies are negotiated; all others get simple ones even there.
+    var isAnsweredInChunks: Bool { command == .read || command == .blockStatus }
+
+    /// What the reply begins with.
+    func replyMagic(structured: Bool) -> UInt32 {
+        structured && isAnsweredInChunks ? NBD.NBD_STRUCTURED_REPLY_MAGIC : NBD.NBD_SIMPLE_REPLY_MAGIC
+    }
+
     package var durable: Bool { flags & NBD.NBD_CMD_FLAG_FUA != 0 }
     package var noHole: Bool { flags & NBD.NBD_CMD_FLAG_NO_HOLE != 0 }
     package var fastZero: Bool { flags & NBD.NBD_CMD_FLAG_FAST_ZERO != 0 }
@@ -214,7 +222,7 @@ extension UnsafeMutablePointer<Request> {
     func buildReply(structured: Bool) {
         let head = UnsafeMutableRawPointer(self)
         let command = pointee.command
-        if structured, command == .read || command == .blockStatus {
+        if structured, pointee.isAnsweredInChunks {
             if pointee.status != 0 { return buildErrorChunk(head) }
             return command == .read ? buildReadChunk(head) : buildStatusChunk(head)
         }

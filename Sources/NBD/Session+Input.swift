@@ -127,6 +127,7 @@ extension Session {
             input.pointee.references &+= 1
         }
         input.pointee.start &+= count
+        if carriesData, !request.pointee.durable { beginReply(to: request) }
         target.submit(request)
         return true
     }

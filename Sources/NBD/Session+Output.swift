@@ -12,9 +12,45 @@ extension Session {
         guard !closed else { return release(request) }
         request.pointee.place = .answered
         request.buildReply(structured: limits.structured)
+        if let begun, begun == request.pointee.replyMagic(structured: limits.structured) {
+            self.begun = nil
+            if unbegun == 0 { unbegunAfterLate = 0 }
+            request.pointee.next = firstReply
+            firstReply = request
+            if lastReply == nil { lastReply = request }
+            return
+        }
         request.pointee.next = nil
         if let lastReply { lastReply.pointee.next = request } else { firstReply = request }
         lastReply = request
+    }
+
+    /// Sends what the reply begins with, whether it will have data or an error, to a client that sleeps until it has come:
+    /// the client wakes up while the request is done. As it takes that in, the kernel wakes this thread for the room there
+    /// is, which wakes up while the client handles the reply and asks for more.
+    @inline(__always)
+    func beginReply(to request: UnsafeMutablePointer<Request>) {
+        guard isLocal, loop.waitsExclusively, loop.lastWait >= Self.sleep, inFlight == 1, firstReply == nil else {
+            return
+        }
+        guard unbegun == 0 else {
+            unbegun &-= 1
+            return
+        }
+        let magic = request.pointee.replyMagic(structured: limits.structured)
+        var bytes = magic.bigEndian
+        let sent = send(descriptor, &bytes, MemoryLayout<UInt32>.size, Int32(MSG_NOSIGNAL | MSG_DONTWAIT))
+        // What is wrong with the socket shows again when the reply is sent.
+        guard sent > 0 else { return }
+        sentOfFirst = sent
+        begun = magic
+    }
+
+    /// A reply was begun that did not come in the same turn: its client woke up in vain, and would for those behind it.
+    func begunTooEarly() {
+        guard unbegun == 0 else { return }
+        unbegunAfterLate = min(max(2 &* unbegunAfterLate, Self.fewestUnbegun), Self.mostUnbegun)
+        unbegun = unbegunAfterLate
     }
 
     /// Sends as many replies as the socket takes.
@@ -46,22 +82,13 @@ extension Session {
         return Int(qbd_socket_unread(descriptor)) >= unreadWhenBusy
     }
 
-    /// Whether the client sleeps until the one reply that is queued has come: its head is sent alone, and the client wakes
-    /// up while the data behind it is copied.
-    @inline(__always)
-    private var wakesByHead: Bool {
-        isLocal && loop.waitsExclusively && loop.lastWait >= Self.sleep && firstReply == lastReply && sentOfFirst == 0
-    }
-
     /// Lays the unsent bytes of the queued replies out in `vectors`.
     @inline(__always)
     private func gather() -> Gathering {
         var gathering = Gathering(vectors, capacity: Self.vectorCapacity, sent: sentOfFirst)
         var next = firstReply
-        let headFirst = wakesByHead
         while let request = next, gathering.room > 2 {
             gathering.add(UnsafeMutableRawPointer(request), request.pointee.headCount)
-            if headFirst { break }
             if let text = request.pointee.errorText, request.pointee.status != 0 {
                 gathering.add(UnsafeMutableRawPointer(mutating: text.utf8Start), text.utf8CodeUnitCount)
             }

@@ -40,6 +40,10 @@ package final class Session: EventSource {
     static let shortSleep: UInt64 = 250_000
     /// Nanoseconds: who did not ask for so long waited for the reply before.
     static let sleep: UInt64 = 10_000
+    /// Requests whose replies are not begun, after one that came too late for that; twice as many each time, up to the
+    /// second.
+    static let fewestUnbegun = 32
+    static let mostUnbegun = 4096
 
     /// For the log: "unix" or the peer's address.
     package let peer: String
@@ -78,6 +82,12 @@ package final class Session: EventSource {
     /// Bytes of the first reply that are already sent.
     var sentOfFirst = 0
     var waitsForRoom = false
+    /// The magic number of a reply that is already sent, of a request that is not answered yet. Until it is, no reply is
+    /// sent.
+    var begun: UInt32?
+    /// Requests whose replies are not begun, and how many they were at first.
+    var unbegun = 0
+    var unbegunAfterLate = 0
     /// Let replies collect while the client has some to go on with; where the kernel tells that of the socket.
     package var mayRest: Bool
     /// The client is on this host.
@@ -187,7 +197,9 @@ package final class Session: EventSource {
     /// Called by the volume at the end of a turn.
     @inline(__always)
     package func endOfTurn() {
-        if firstReply != nil, !waitsForRoom {
+        if begun != nil {
+            begunTooEarly()
+        } else if firstReply != nil, !waitsForRoom {
             sendReplies()
             if firstReply == nil {
                 if loop.isBusy, clientIsBusy { loop.rest() }
