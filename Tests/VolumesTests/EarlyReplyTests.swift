@@ -186,7 +186,9 @@ private final class Client {
         while got < count {
             var ready = pollfd(fd: socket, events: Int16(POLLIN), revents: 0)
             poll(&ready, 1, 10_000)
-            let more = bytes.withUnsafeMutableBytes { recv(socket, $0.baseAddress! + got, count - got, Int32(MSG_DONTWAIT)) }
+            let more = bytes[got...].withUnsafeMutableBytes {
+                recv(socket, $0.baseAddress, $0.count, Int32(MSG_DONTWAIT))
+            }
             guard more > 0 else { return Array(bytes.prefix(got)) }
             got += more
         }
