@@ -14,7 +14,6 @@ extension Session {
         request.buildReply(structured: limits.structured)
         if let begun, begun == request.pointee.replyMagic(structured: limits.structured) {
             self.begun = nil
-            if unbegun == 0 { unbegunAfterLate = 0 }
             request.pointee.next = firstReply
             firstReply = request
             if lastReply == nil { lastReply = request }
@@ -27,16 +26,13 @@ extension Session {
 
     /// Sends what the reply begins with, whether it will have data or an error, to a client that sleeps until it has come:
     /// the client wakes up while the request is done. As it takes that in, the kernel wakes this thread for the room there
-    /// is, which wakes up while the client handles the reply and asks for more.
+    /// is, which wakes up while the client handles the reply and asks for more. Only where requests are done in their own
+    /// turns: no other reply can be sent until this one is there.
     @inline(__always)
     func beginReply(to request: UnsafeMutablePointer<Request>) {
-        guard isLocal, loop.waitsExclusively, loop.lastWait >= Self.sleep, inFlight == 1, firstReply == nil else {
-            return
-        }
-        guard unbegun == 0 else {
-            unbegun &-= 1
-            return
-        }
+        guard isLocal, loop.waitsExclusively, loop.lastWait >= Self.sleep, promptTurns >= Self.usuallyPrompt,
+            inFlight == 1, firstReply == nil
+        else { return }
         let magic = request.pointee.replyMagic(structured: limits.structured)
         var bytes = magic.bigEndian
         let sent = send(descriptor, &bytes, MemoryLayout<UInt32>.size, Int32(MSG_NOSIGNAL | MSG_DONTWAIT))
@@ -44,13 +40,6 @@ extension Session {
         guard sent > 0 else { return }
         sentOfFirst = sent
         begun = magic
-    }
-
-    /// A reply was begun that did not come in the same turn: its client woke up in vain, and would for those behind it.
-    func begunTooEarly() {
-        guard unbegun == 0 else { return }
-        unbegunAfterLate = min(max(2 &* unbegunAfterLate, Self.fewestUnbegun), Self.mostUnbegun)
-        unbegun = unbegunAfterLate
     }
 
     /// Sends as many replies as the socket takes.
