@@ -26,13 +26,11 @@ extension Session {
 
     /// Sends what the reply begins with, whether it will have data or an error, to a client that sleeps until it has come:
     /// the client wakes up while the request is done. As it takes that in, the kernel wakes this thread for the room there
-    /// is, which wakes up while the client handles the reply and asks for more. Only where requests are done in their own
-    /// turns: no other reply can be sent until this one is there.
+    /// is, which wakes up while the client handles the reply and asks for more. No other reply can be sent until this one is
+    /// there; an exclusive wait says that many in a row were done in their own turns.
     @inline(__always)
     func beginReply(to request: UnsafeMutablePointer<Request>) {
-        guard isLocal, loop.waitsExclusively, loop.lastWait >= Self.sleep, promptTurns >= Self.usuallyPrompt,
-            inFlight == 1, firstReply == nil
-        else { return }
+        guard isLocal, loop.waitsExclusively, loop.lastWait >= Self.sleep, inFlight == 1 else { return }
         let magic = request.pointee.replyMagic(structured: limits.structured)
         var bytes = magic.bigEndian
         let sent = send(descriptor, &bytes, MemoryLayout<UInt32>.size, Int32(MSG_NOSIGNAL | MSG_DONTWAIT))

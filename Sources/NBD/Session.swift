@@ -40,8 +40,6 @@ package final class Session: EventSource {
     static let shortSleep: UInt64 = 250_000
     /// Nanoseconds: who did not ask for so long waited for the reply before.
     static let sleep: UInt64 = 10_000
-    /// So many turns in a row without a request left over, and the next will be such a one.
-    static let usuallyPrompt = 16
 
     /// For the log: "unix" or the peer's address.
     package let peer: String
@@ -83,8 +81,6 @@ package final class Session: EventSource {
     /// The magic number of a reply that is already sent, of a request that is not answered yet. Until it is, no reply is
     /// sent.
     var begun: UInt32?
-    /// Turns in a row that answered all there was.
-    private(set) var promptTurns = 0
     /// Let replies collect while the client has some to go on with; where the kernel tells that of the socket.
     package var mayRest: Bool
     /// The client is on this host.
@@ -198,13 +194,9 @@ package final class Session: EventSource {
             sendReplies()
             if firstReply == nil {
                 if loop.isBusy, clientIsBusy { loop.rest() }
-                if inFlight == 0 {
-                    promptTurns &+= 1
-                    if !input.isWithinRequest, let token { loop.expectOnly(token, descriptor: descriptor) }
-                }
+                if inFlight == 0, !input.isWithinRequest, let token { loop.expectOnly(token, descriptor: descriptor) }
             }
         }
-        if inFlight > 0 { promptTurns = 0 }
         if paused { resume() }
         if draining || closed { endIfDone() }
     }
