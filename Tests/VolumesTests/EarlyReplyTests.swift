@@ -1,7 +1,6 @@
 import Backend
 import EventLoop
 import Glibc
-import Logging
 import NBD
 import Synchronization
 import Testing
@@ -12,51 +11,32 @@ import Volumes
 @Suite(.timeLimit(.minutes(2))) struct EarlyReplyTests {
     @Test(arguments: [true, false], [0, EIO])
     func aReplyThatIsBegunIsTheNextOneThatIsSent(structured: Bool, status: Int32) async throws {
-        let opened = PromptVolume()
-        var logger = Logger(label: "test")
-        logger.logLevel = .critical
-        let volume = try await Volume.start(
-            name: "pool/volume", opened: opened, settings: VolumeSettings(), maximumSessions: 4, logger: logger,
-            report: { _ in })
-        let client = try Client(volume, structured: structured)
-        try await client.waitUntilAReplyIsBegun(opened.backend)
-        #expect(client.unread == 4)
-
-        // Its answer is a simple reply, and a read's need not be.
-        client.send(command: 77, cookie: 7)
-        if structured {
-            while await volume.status()?.inFlight != 2 { usleep(1000) }
+        let backend = PromptBackend()
+        try await withMappedVolume(of: backend) { volume in
+            let client = try Client(volume, structured: structured)
+            client.waitUntilAReplyIsBegun(backend)
             #expect(client.unread == 4)
-            opened.backend.complete(status: status)
-            client.expectRead(status: status)
-            client.expectRefusal(cookie: 7)
-        } else {
-            client.expectRefusal(cookie: 7)
-            opened.backend.complete(status: status)
-            client.expectRead(status: status)
+
+            // Its answer is a simple reply, and a read's need not be.
+            client.send(command: 77, cookie: 7)
+            if structured {
+                await waitUntil { await volume.status()?.inFlight == 2 }
+                #expect(client.unread == 4)
+                backend.complete(status: status)
+                client.expectRead(status: status)
+                client.expectRefusal(cookie: 7)
+            } else {
+                client.expectRefusal(cookie: 7)
+                backend.complete(status: status)
+                client.expectRead(status: status)
+            }
+            client.exchange(10)
         }
-        client.exchange(10)
-        await volume.stop(grace: 0, failingHeld: false)
     }
-}
-
-private final class PromptVolume: OpenVolume {
-    let backend = PromptBackend()
-    let record = VolumeRecord(id: 1 << 24, volume: "volume", size: 1 << 20, blockSize: 512, created: 0)
-    let protocolName = "prompt"
-    let readOnly = false
-
-    func start(on loop: EventLoop, buffers: BufferPool, client: any BackendClient) throws(BackendError) -> any Backend {
-        backend.start(loop, client)
-        return backend
-    }
-
-    func grow(to size: UInt64?) throws(BackendError) -> VolumeRecord { record }
-    func close() {}
 }
 
 /// Completes reads at once, or one of them when it is told to.
-private final class PromptBackend: Backend, @unchecked Sendable {
+private final class PromptBackend: TestBackend, @unchecked Sendable {
     private struct State {
         var holds = false
         /// Its address.
@@ -133,7 +113,7 @@ private final class Client {
     }
 
     /// The loop may be interrupted at any time, by a timer of its own if nothing else; then another read has to do.
-    func waitUntilAReplyIsBegun(_ backend: PromptBackend) async throws {
+    func waitUntilAReplyIsBegun(_ backend: PromptBackend) {
         for _ in 0..<50 {
             exchange(300)
             backend.hold()
@@ -180,18 +160,5 @@ private final class Client {
         #expect(read(16) == [0x67, 0x44, 0x66, 0x98, 0, 0, 0, 22, 0, 0, 0, 0, 0, 0, 0, cookie])
     }
 
-    private func read(_ count: Int) -> [UInt8] {
-        var bytes = [UInt8](repeating: 0, count: count)
-        var got = 0
-        while got < count {
-            var ready = pollfd(fd: socket, events: Int16(POLLIN), revents: 0)
-            poll(&ready, 1, 10_000)
-            let more = bytes[got...].withUnsafeMutableBytes {
-                recv(socket, $0.baseAddress, $0.count, Int32(MSG_DONTWAIT))
-            }
-            guard more > 0 else { return Array(bytes.prefix(got)) }
-            got += more
-        }
-        return bytes
-    }
+    private func read(_ count: Int) -> [UInt8] { receive(count, from: socket) }
 }

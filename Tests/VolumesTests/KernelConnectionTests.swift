@@ -1,7 +1,6 @@
 import Backend
 import EventLoop
 import Glibc
-import Logging
 import NBD
 import Synchronization
 import Testing
@@ -240,39 +239,13 @@ import Volumes
         report: @escaping @Sendable (SessionEvent) -> Void = { _ in },
         _ body: (Volume, HeldBackend) async throws -> Void
     ) async throws {
-        let opened = HeldVolume()
-        var logger = Logger(label: "test")
-        logger.logLevel = .critical
-        let volume = try await Volume.start(
-            name: "pool/volume", opened: opened, settings: VolumeSettings(), maximumSessions: 4, logger: logger,
-            report: report)
-        try await body(volume, opened.backend)
-        await volume.stop(grace: 0, failingHeld: false)
+        let backend = HeldBackend()
+        try await withMappedVolume(of: backend, report: report) { try await body($0, backend) }
     }
-}
-
-/// Asks in short steps until a condition holds; the suite's time limit ends it.
-private func waitUntil(_ condition: () async -> Bool) async {
-    while !(await condition()) { usleep(1000) }
-}
-
-private final class HeldVolume: OpenVolume {
-    let backend = HeldBackend()
-    let record = VolumeRecord(id: 1 << 24, volume: "volume", size: 1 << 20, blockSize: 512, created: 0)
-    let protocolName = "held"
-    let readOnly = false
-
-    func start(on loop: EventLoop, buffers: BufferPool, client: any BackendClient) throws(BackendError) -> any Backend {
-        backend.start(loop, client)
-        return backend
-    }
-
-    func grow(to size: UInt64?) throws(BackendError) -> VolumeRecord { record }
-    func close() {}
 }
 
 /// Completes nothing until it is told to. Writes are known by their first byte.
-private final class HeldBackend: Backend, @unchecked Sendable {
+private final class HeldBackend: TestBackend, @unchecked Sendable {
     private struct State {
         var begun: [UInt8] = []
         /// Addresses.
@@ -370,15 +343,5 @@ private final class KernelEnd {
     /// Whether the other side has closed without a word.
     var isClosed: Bool { read(1).isEmpty }
 
-    private func read(_ count: Int) -> [UInt8] {
-        var bytes: [UInt8] = []
-        while bytes.count < count {
-            var byte: UInt8 = 0
-            var ready = pollfd(fd: socket, events: Int16(POLLIN), revents: 0)
-            poll(&ready, 1, 10_000)
-            guard recv(socket, &byte, 1, Int32(MSG_DONTWAIT)) == 1 else { return bytes }
-            bytes.append(byte)
-        }
-        return bytes
-    }
+    private func read(_ count: Int) -> [UInt8] { receive(count, from: socket) }
 }
