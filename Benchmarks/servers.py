@@ -9,10 +9,15 @@ import pathlib
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+sys.path.append(str(REPOSITORY / "Tests" / "Integration"))
+
+from ports import free_port
+
 BIN = pathlib.Path(os.environ.get("QBD_BIN_DIR", REPOSITORY / ".build" / "release")).resolve()
 MALLOC_COUNT = REPOSITORY / ".build" / "malloc_count.so"
 
@@ -277,13 +282,6 @@ class QemuNbdBridge(Bridge, Server):
     def command(self):
         return ["qemu-nbd", "--socket", self.socket, "--format=raw", "--persistent", "--shared=16",
                 f"nbd://127.0.0.1:{self.store.port}"]
-
-
-def free_port():
-    """A TCP port of the loopback interface that nobody has now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def image(size, directory):

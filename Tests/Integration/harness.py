@@ -6,12 +6,10 @@ Every path of a daemon is overridden, so any number of them run side by side, an
 import contextlib
 import dataclasses
 import http.client
-import itertools
 import json
 import mmap
 import os
 import pathlib
-import random
 import re
 import select
 import shutil
@@ -21,6 +19,8 @@ import struct
 import subprocess
 import tempfile
 import time
+
+from ports import free_port
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 BIN = pathlib.Path(os.environ.get("QBD_BIN_DIR", REPOSITORY / ".build" / "release")).resolve()
@@ -335,21 +335,6 @@ class Daemon(Server):
     def used(self):
         """Bytes that the pool's directory takes on its file system."""
         return sum(path.stat().st_blocks * 512 for path in self.pool_path.rglob("*") if path.is_file())
-
-
-# Below the range the kernel gives to connections and to port 0, so that neither takes one between the question and the
-# server's start. Each is given once.
-_first_port = random.randrange(10_000, 32_768)
-_ports = itertools.chain(range(_first_port, 32_768), range(10_000, _first_port))
-
-
-def free_port():
-    """A TCP port that nobody has at any address, and that no other call returned."""
-    for port in _ports:
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))
-            return port
-    raise AssertionError("no TCP port below 32768 is left")
 
 
 class Watchdog:

@@ -15,7 +15,8 @@ import threading
 import time
 import urllib.parse
 
-from harness import KiB, MiB, free_port
+from harness import KiB, MiB
+from ports import free_port
 from pureflash import COMMAND, DEGRADE, HANDSHAKE, INVALID_STATE, NOT_PRIMARY, READ, REOPEN, REPLY, SUCCESS, WRITE, addresses
 
 SIZE = 64 * MiB

@@ -10,7 +10,8 @@ import struct
 import urllib.parse
 import urllib.request
 
-from harness import BIN, SLOWNESS, Server, free_port
+from harness import BIN, SLOWNESS, Server
+from ports import free_port
 
 STORE = str((BIN / "qbd-store").resolve())
 

@@ -9,7 +9,8 @@ import time
 
 import nbd
 import pytest
-from harness import SLOWNESS, Daemon, free_port, run, wait_for
+from harness import SLOWNESS, Daemon, run, wait_for
+from ports import free_port
 from pureflash import STORE, Store, addresses
 from test_pureflash import connected, verify
 from zookeeper import ZooKeeper

@@ -7,7 +7,8 @@ import socket
 import subprocess
 import tempfile
 
-from harness import free_port, wait_for
+from harness import wait_for
+from ports import free_port
 from kazoo.client import KazooClient
 
 JAR = "/usr/share/java/zookeeper.jar"
