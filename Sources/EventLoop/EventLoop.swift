@@ -47,9 +47,6 @@ package final class EventLoop: @unchecked Sendable {
     private var running = true
     private var again = false
     private var restWanted = false
-    /// Whose input comes next without a wait, and how often in a row that was done.
-    private var expected: Token?
-    private var expectedTurns = 0
     /// Whose input is all that can come next, said in this turn; and how often in a row that was so.
     private var only: (token: Token, descriptor: Int32)?
     private var onlyTurns = 0
@@ -85,8 +82,6 @@ package final class EventLoop: @unchecked Sendable {
     private static let wakeData = UInt64.max
     private static let clockData = UInt64.max - 1
     private static let eventsPerWait = 64
-    /// Turns in a row that may belong to one source before the others are asked for.
-    private static let maximumExpectedTurns = 8
     /// Turns in a row that belong to one source, after which the loop waits for it alone.
     private static let usualTurns = 64
     /// Nanoseconds. A few requests of a fast client; well below what a disk takes for one.
@@ -212,17 +207,9 @@ package final class EventLoop: @unchecked Sendable {
     /// Nanoseconds the last wait took that could sleep.
     package private(set) var lastWait: UInt64 = 0
 
-    /// At most one descriptor was ready when it was last looked.
-    package private(set) var isAlone = false
-
     /// Lets work collect for some 20 microseconds before the next turn, unless something has to be done before. Each
     /// turn costs a few system calls and wake-ups; who knows that nobody waits for the next one saves them.
     package func rest() { restWanted = true }
-
-    /// Makes the next turn begin with the source's `ready(events: EPOLLIN)`, without a wait: it is in the middle of input
-    /// that keeps coming. The others have their turn after some of its own.
-    @inline(__always)
-    package func expectInput(_ token: Token) { expected = token }
 
     /// Says that nothing is under way for the source, so that its next event is input. When that turns out to be the
     /// loop's next event, time and again, it is waited for as `ExclusiveWait` says, and the socket blocks.
@@ -316,19 +303,7 @@ package final class EventLoop: @unchecked Sendable {
     private func run(_ events: UnsafeMutablePointer<epoll_event>) -> Bool {
         let term = relief.term
         while running {
-            if let token = expected, expectedTurns < Self.maximumExpectedTurns {
-                expected = nil
-                only = nil
-                expectedTurns &+= 1
-                now = monotonicNanoseconds()
-                isBusy = true
-                deliver(EPOLLIN.rawValue, to: token.data)
-            } else {
-                // Asks for the others, and does not sleep on what is expected.
-                if expected != nil { again = true }
-                expectedTurns = 0
-                waitForEvents(events)
-            }
+            waitForEvents(events)
             fireTimers(at: now)
             for observer in observers {
                 observer.endOfTurn()
@@ -344,16 +319,14 @@ package final class EventLoop: @unchecked Sendable {
     }
 
     private func waitForEvents(_ events: UnsafeMutablePointer<epoll_event>) {
-        let sleeps = !again
-        let expected = sleeps ? only : nil
-        only = nil
-        if let expected, onlyTurns >= Self.usualTurns, waitExclusively(for: expected.token, expected.descriptor) {
-            return
-        }
+        let only = again ? nil : only
+        self.only = nil
+        if let only, onlyTurns >= Self.usualTurns, waitExclusively(for: only.token, only.descriptor) { return }
         endExclusiveWait()
+        let sleeps = !again
         let count = wait(events)
-        waited(sleeps: sleeps, count: count)
-        let isUsual = count == 1 && expected?.token.data == qbd_epoll_data(events)
+        waited(sleeps: sleeps)
+        let isUsual = count == 1 && only?.token.data == qbd_epoll_data(events)
         onlyTurns = isUsual ? onlyTurns &+ 1 : 0
         var woken = false
         for index in 0..<count {
@@ -372,12 +345,11 @@ package final class EventLoop: @unchecked Sendable {
     }
 
     @inline(__always)
-    private func waited(sleeps: Bool, count: Int) {
+    private func waited(sleeps: Bool) {
         now = monotonicNanoseconds()
         let waited = now &- turnEnd
         isBusy = waited < Self.busyWait
         if sleeps { lastWait = waited }
-        isAlone = count <= 1
     }
 
     /// - Returns: whether it had input or an error, and that was delivered; false when all are to be asked.
@@ -391,7 +363,7 @@ package final class EventLoop: @unchecked Sendable {
         let (ready, isDisturbed) = exclusiveWait.wait(for: source)
         if isDisturbed { endExclusiveWait() }
         guard ready != 0 else { return false }
-        waited(sleeps: true, count: 1)
+        waited(sleeps: true)
         deliver(ready, to: token.data)
         return true
     }

@@ -55,8 +55,8 @@ final class ExclusiveWait: Sendable {
     func wait(for source: any EventSource) -> (ready: UInt32, isDisturbed: Bool) {
         guard exchange(State.idle, for: State.waiting) else { return (0, true) }
         let count = source.receiveBlocking()
-        // An error is told once.
-        let failed = count < 0 && errno != EINTR && errno != EAGAIN
+        // An error of the socket is told once.
+        let failed = count < 0 && errno != EINTR && errno != EAGAIN && errno != ENOMEM
         let isDisturbed = !exchange(State.waiting, for: State.idle)
         if isDisturbed { state.store(State.left, ordering: .sequentiallyConsistent) }
         return (failed ? EPOLLERR.rawValue : count >= 0 ? EPOLLIN.rawValue : 0, isDisturbed)

@@ -65,7 +65,7 @@ package struct StreamInput {
     package private(set) var placed: PlacedPayload?
     /// The request before was a large one: of what comes next, the header alone is received, so that none of a payload
     /// behind it has to be moved to its place.
-    private var headerAlone = false
+    package private(set) var followsLarge = false
 
     /// - Parameters:
     ///   - descriptor: a connected stream socket; stays the owner's.
@@ -85,25 +85,27 @@ package struct StreamInput {
     // MARK: Receiving
 
     /// Receives once what is there, without waiting.
-    /// - Parameter flags: 0 waits, where the socket blocks; not for a payload at its place.
+    /// - Parameter flags: 0 waits, where the socket blocks.
     /// - Returns: as recv(2), with `errno`.
     package mutating func receive(flags: Int32 = Int32(MSG_DONTWAIT)) -> Int {
         guard let input = roomToReceive() else {
             errno = ENOMEM
             return -1
         }
-        if let placed, placed.left > 0 { return receive(placed, input) }
-        let room = headerAlone ? headerSize &- input.pointee.available : input.pointee.room
+        if let placed, placed.left > 0 { return receive(placed, input, flags) }
+        let room = followsLarge ? headerSize &- input.pointee.available : input.pointee.room
         let count = recv(descriptor, input.pointee.base + input.pointee.end, room, flags)
         if count > 0 {
             input.pointee.end &+= count
-            headerAlone = false
+            followsLarge = false
         }
         return count
     }
 
     /// The rest of a payload at its place, and the next header behind it in the input.
-    private mutating func receive(_ payload: PlacedPayload, _ input: UnsafeMutablePointer<InputBuffer>) -> Int {
+    private mutating func receive(
+        _ payload: PlacedPayload, _ input: UnsafeMutablePointer<InputBuffer>, _ flags: Int32
+    ) -> Int {
         let left = payload.left
         let count = withUnsafeTemporaryAllocation(of: iovec.self, capacity: 2) { vectors in
             vectors.initializeElement(at: 0, to: iovec(iov_base: payload.base + payload.received, iov_len: left))
@@ -114,7 +116,7 @@ package struct StreamInput {
             var message = msghdr()
             message.msg_iov = vectors.baseAddress
             message.msg_iovlen = 2
-            return recvmsg(descriptor, &message, Int32(MSG_DONTWAIT))
+            return recvmsg(descriptor, &message, flags)
         }
         if count > 0 {
             placed?.received += min(count, left)
@@ -219,7 +221,7 @@ package struct StreamInput {
         let own = placed?.own
         own?.pointee.references = 1
         placed = nil
-        headerAlone = current.map { $0.pointee.available < headerSize } ?? true
+        followsLarge = current.map { $0.pointee.available < headerSize } ?? true
         return own
     }
 

@@ -9,13 +9,12 @@ extension Session {
     func receive() {
         guard !input.wantsPlace || place() else { return fail("out of memory") }
         let isPlaced = input.placed != nil
-        var count = received ?? input.receive()
+        let count = received ?? input.receive()
         received = nil
-        if count < 0, errno == EAGAIN, polls { count = poll() }
         if count > 0 {
             target.received(self)
             parse()
-            if isPlaced || input.wantsPlace, isLocal, let token { expect(token) }
+            if input.wantsPlace { beganInWait = !isPlaced && loop.lastWait >= Self.sleep }
         } else if count == 0 {
             endReason = input.isWithinRequest || dropping > 0 ? "the client closed within a request" : nil
             drain()
@@ -23,34 +22,24 @@ extension Session {
         } else if errno != EAGAIN && errno != EINTR {
             fail("receive: \(errnoText(errno))")
         }
+        expectInput()
     }
 
     package func receiveBlocking() -> Int {
+        guard !input.wantsPlace || place() else {
+            // It is told when this is tried again.
+            errno = ENOMEM
+            return -1
+        }
         let count = input.receive(flags: 0)
         if count >= 0 { received = count }
         return count
     }
 
-    /// A client next door fills a socket as fast as it is emptied, and going to sleep in between costs both more than the
-    /// copy.
-    private func expect(_ token: EventLoop.Token) {
-        if loop.lastWait < Self.shortSleep { polls = true }
-        loop.expectInput(token)
-    }
-
-    /// Asks for input for some microseconds, when nothing else is going on. When that is in vain, it is not done again
-    /// before a wait turns out short.
-    private func poll() -> Int {
-        guard loop.isAlone, inFlight == 0 else { return -1 }
-        let end = monotonicNanoseconds() &+ Self.pollTime
-        repeat {
-            qbd_pause(64)
-            let count = input.receive()
-            if count >= 0 || errno != EAGAIN { return count }
-        } while monotonicNanoseconds() < end
-        polls = false
-        errno = EAGAIN
-        return -1
+    /// Where nothing is under way, the next event is input; the rest of a request that has begun, too.
+    @inline(__always)
+    func expectInput() {
+        if inFlight == 0, !paused, let token { loop.expectOnly(token, descriptor: descriptor) }
     }
 
     /// Has the rest of the request at the front, a large write, received at its place.
@@ -127,7 +116,7 @@ extension Session {
             input.pointee.references &+= 1
         }
         input.pointee.start &+= count
-        if carriesData, !request.pointee.durable { beginReply(to: request) }
+        if carriesData, !request.pointee.durable, loop.lastWait >= Self.sleep { beginReply(to: request) }
         target.submit(request)
         return true
     }
@@ -140,6 +129,7 @@ extension Session {
         heldBytes &+= Int(header.length)
         request.pointee.payload = placed.base
         request.pointee.input = input.takePlaced()
+        if placed.own != nil, beganInWait, !request.pointee.durable { beginReply(to: request) }
         target.submit(request)
         return true
     }

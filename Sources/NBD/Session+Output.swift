@@ -30,7 +30,7 @@ extension Session {
     /// there; an exclusive wait says that many in a row were done in their own turns.
     @inline(__always)
     func beginReply(to request: UnsafeMutablePointer<Request>) {
-        guard isLocal, loop.waitsExclusively, loop.lastWait >= Self.sleep, inFlight == 1 else { return }
+        guard isLocal, loop.waitsExclusively, inFlight == 1 else { return }
         let magic = request.pointee.replyMagic(structured: limits.structured)
         var bytes = magic.bigEndian
         let sent = send(descriptor, &bytes, MemoryLayout<UInt32>.size, Int32(MSG_NOSIGNAL | MSG_DONTWAIT))
@@ -62,10 +62,11 @@ extension Session {
         }
     }
 
-    /// Whether the client has replies to go on with. On a Unix socket the kernel tells what the peer has not read yet.
+    /// Whether the client has replies to go on with, and is not busy with sending large writes. On a Unix socket the kernel
+    /// tells what the peer has not read yet.
     @inline(__always)
     var clientIsBusy: Bool {
-        guard mayRest, input.placed == nil, input.missing == 0 else { return false }
+        guard mayRest, input.placed == nil, input.missing == 0, !input.followsLarge else { return false }
         return Int(qbd_socket_unread(descriptor)) >= unreadWhenBusy
     }
 

@@ -35,9 +35,6 @@ package final class Session: EventSource {
     /// Bytes of replies that wait in a Unix socket. With the usual 208 KiB a client that takes large ones runs dry before
     /// there are more: the kernel says that there is room when three quarters of it are empty.
     private static let sendBuffer: Int32 = 512 << 10
-    /// Nanoseconds: what going to sleep and waking up cost, and a sleep that was not worth it.
-    static let pollTime: UInt64 = 20_000
-    static let shortSleep: UInt64 = 250_000
     /// Nanoseconds: who did not ask for so long waited for the reply before.
     static let sleep: UInt64 = 10_000
 
@@ -54,6 +51,8 @@ package final class Session: EventSource {
     var input: StreamInput
     /// Of the write whose payload is received at its place.
     var placedHeader: RequestHeader?
+    /// Its header came alone, after a wait: the client had nothing else under way, and sleeps when it has sent the payload.
+    var beganInWait = false
     /// Payload of a refused write, still to be thrown away, and how to answer it then.
     var dropping = 0
     var dropped: (header: RequestHeader, refusal: Refusal)?
@@ -85,8 +84,6 @@ package final class Session: EventSource {
     package var mayRest: Bool
     /// The client is on this host.
     let isLocal: Bool
-    /// Input that is expected is asked for without sleeping.
-    var polls = true
     /// As many unread bytes are some replies that the client has still to handle.
     var unreadWhenBusy = 0
 
@@ -194,7 +191,7 @@ package final class Session: EventSource {
             sendReplies()
             if firstReply == nil {
                 if loop.isBusy, clientIsBusy { loop.rest() }
-                if inFlight == 0, !input.isWithinRequest, let token { loop.expectOnly(token, descriptor: descriptor) }
+                expectInput()
             }
         }
         if paused { resume() }

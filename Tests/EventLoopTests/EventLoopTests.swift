@@ -65,53 +65,6 @@ import Testing
         }
     }
 
-    private final class Expecting: EventSource, @unchecked Sendable {
-        let loop: EventLoop
-        var token: EventLoop.Token?
-        var turns = 0
-        init(_ loop: EventLoop) { self.loop = loop }
-        func ready(events: UInt32) {
-            turns += 1
-            if let token { loop.expectInput(token) }
-        }
-    }
-
-    @Test func expectedInputIsAskedForWithoutAWaitAndTheOthersHaveTheirTurn() async throws {
-        let loop = try EventLoop(name: "test")
-        var silent: [Int32] = [0, 0]
-        var busy: [Int32] = [0, 0]
-        try #require(pipe(&silent) == 0 && pipe(&busy) == 0)
-        let (quiet, other, source) = (silent[0], busy[0], Expecting(loop))
-        let bytes = AsyncStream.makeStream(of: Int.self)
-        let reader = Reader(other) { _ in bytes.continuation.yield(source.turns) }
-        let tokens = try #require(
-            await loop.call { () -> [EventLoop.Token]? in
-                guard let first = try? loop.add(quiet, events: 1, source: source),
-                    let second = try? loop.add(other, events: 1, source: reader)
-                else { return nil }
-                source.token = first
-                loop.expectInput(first)
-                return [first, second]
-            } ?? nil)
-        var iterator = bytes.stream.makeAsyncIterator()
-        for value in UInt8(0)..<10 {
-            var byte = value
-            #expect(write(busy[1], &byte, 1) == 1)
-            let turns = try #require(await iterator.next())
-            #expect(turns > 0)
-        }
-        let turns = await loop.call { () -> Int in
-            source.token = nil
-            loop.remove(tokens[0], descriptor: quiet)
-            loop.remove(tokens[1], descriptor: other)
-            return source.turns
-        }
-        // What was expected of it when it was removed is forgotten.
-        #expect(await loop.call { source.turns } == turns)
-        loop.stop()
-        for descriptor in silent + busy { close(descriptor) }
-    }
-
     @Test func readyDescriptorsAreDeliveredUntilRemoved() async throws {
         let loop = try EventLoop(name: "test")
         var ends: [Int32] = [0, 0]

@@ -4,10 +4,13 @@ Names and numbers are those of the NBD protocol document.
 """
 
 import dataclasses
+import fcntl
 import os
 import select
 import socket
 import struct
+import sys
+import termios
 
 from harness import SLOWNESS
 
@@ -123,6 +126,11 @@ class Session:
 
     def send(self, *parts):
         self.socket.sendall(b"".join(parts))
+
+    @property
+    def unread(self):
+        """Bytes on their way that the server has not taken in; on Unix sockets, with what the kernel adds to each piece."""
+        return int.from_bytes(fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
     def receive(self, length):
         parts = []

@@ -72,16 +72,6 @@ static inline void qbd_strerror(int code, char *buffer, size_t size) {
 static inline void qbd_prefetch(const void *base, size_t count) {
     for (size_t offset = 0; offset < count; offset += 64) __builtin_prefetch((const char *)base + offset);
 }
-// A busy wait of some microseconds.
-static inline void qbd_pause(int rounds) {
-    for (int round = 0; round < rounds; round++) {
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#else
-        __asm__ volatile("yield");
-#endif
-    }
-}
 static inline void *qbd_map_failed(void) { return MAP_FAILED; }
 static inline int qbd_is_ignored(const struct sigaction *action) { return action->sa_handler == SIG_IGN; }
 
