@@ -140,9 +140,13 @@ extension ControlConnection {
         deadline?.cancel()
         stopReading()
         let router = router
+        connections.commandBegins()
         context.eventLoop.makeFutureWithTask {
             await router.reply(to: command, body: body, for: caller)
-        }.assumeIsolated().whenSuccess { reply in self.send(reply) }
+        }.assumeIsolated().whenSuccess { reply in
+            self.send(reply)
+            self.connections.commandEnded()
+        }
     }
 
     private func caller(_ context: ChannelHandlerContext) throws(ControlError) -> ControlCaller {

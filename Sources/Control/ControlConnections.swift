@@ -1,11 +1,17 @@
 import NIOCore
 
-/// The open connections of a ``ControlServer``: how many there are, and their end when the server stops.
+/// The open connections of a ``ControlServer`` and the commands that run: how many there are, and their end when the
+/// server stops.
 final class ControlConnections: Sendable {
     private struct State {
         var open: [ObjectIdentifier: ControlConnection] = [:]
-        /// Set when the server stops; fulfilled when the last connection has closed.
-        var drained: EventLoopPromise<Void>?
+        /// Commands that run; a client may be gone before its command has ended.
+        var running = 0
+        var isStopping = false
+        /// Commands that still run are waited for no longer.
+        var graceIsOver = false
+        /// Whether every command has ended; fulfilled when nothing is waited for any more.
+        var drained: EventLoopPromise<Bool>?
     }
 
     private let loop: any EventLoop
@@ -23,27 +29,49 @@ final class ControlConnections: Sendable {
     /// - Returns: false when the connection is one too many and is to be refused.
     func add(_ connection: ControlConnection) -> Bool {
         state.value.open[ObjectIdentifier(connection)] = connection
-        return state.value.open.count <= limit && state.value.drained == nil
+        return state.value.open.count <= limit && !state.value.isStopping
     }
 
     /// On the server's loop.
     func remove(_ connection: ControlConnection) {
         state.value.open[ObjectIdentifier(connection)] = nil
-        if state.value.open.isEmpty { state.value.drained?.succeed() }
+        settle()
     }
 
-    /// Closes what waits for a request, waits for what is being answered, then closes that too.
-    func drain(within grace: Duration) async {
-        let promise = loop.makePromise(of: Void.self)
+    /// On the server's loop.
+    func commandBegins() { state.value.running += 1 }
+
+    /// On the server's loop.
+    func commandEnded() {
+        state.value.running -= 1
+        settle()
+    }
+
+    /// Closes what waits for a request, waits for the commands that run and for their answers, then closes those too.
+    ///
+    /// - Returns: whether every command has ended.
+    func drain(within grace: Duration) async -> Bool {
+        let promise = loop.makePromise(of: Bool.self)
         loop.execute { [self] in
+            state.value.isStopping = true
             state.value.drained = promise
-            guard !state.value.open.isEmpty else { return promise.succeed() }
             for connection in state.value.open.values { connection.closeUnlessAnswering() }
             loop.scheduleTask(in: TimeAmount(grace)) { [self] in
+                state.value.graceIsOver = true
                 for connection in state.value.open.values { connection.close() }
+                settle()
             }
+            settle()
         }
         // The promise is only ever fulfilled.
-        try? await promise.futureResult.get()
+        return (try? await promise.futureResult.get()) ?? false
+    }
+
+    private func settle() {
+        guard let drained = state.value.drained, state.value.open.isEmpty,
+            state.value.running == 0 || state.value.graceIsOver
+        else { return }
+        state.value.drained = nil
+        drained.succeed(state.value.running == 0)
     }
 }

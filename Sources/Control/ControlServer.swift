@@ -81,12 +81,13 @@ package final class ControlServer: Sendable {
     /// Takes no new connection, lets the commands that run end and be answered, closes the rest, and removes the
     /// socket's file. Call it once.
     ///
-    /// - Parameter grace: how long to wait for commands that run.
+    /// - Parameter grace: how long to wait for commands that run. Those that take longer end without an answer, on the
+    ///   server's thread, which stays for that.
     package func stop(grace: Duration = .seconds(10)) async {
         socket.remove()
         // Both fail only when what they end has ended already.
         try? await listener.close()
-        await connections.drain(within: grace)
+        guard await connections.drain(within: grace) else { return }
         try? await group.shutdownGracefully()
     }
 }

@@ -1,5 +1,6 @@
 import Control
 import Glibc
+import Synchronization
 import Testing
 
 @Suite("Control socket", .timeLimit(.minutes(2)))
@@ -193,6 +194,30 @@ struct ControlServerTests {
         let status = try await answer
         #expect(status.mapping == .example)
         await stopped
+    }
+
+    @Test("stopping waits for a command whose client has gone", .timeLimit(.minutes(1)))
+    func stopWaitsWithoutAClient() async throws {
+        let folder = try TemporaryFolder()
+        let service = FakeService()
+        let server = try await ControlServer(
+            at: ControlPath.reserve(folder.socket), service: service, report: { _ in })
+        let body = #"{"volume":"a/b"}"#
+        var client: RawClient? = try RawClient(folder.socket)
+        let length = "content-length: \(body.utf8.count)"
+        client?.send("POST \(Command.info.path) HTTP/1.1\r\nhost: x\r\n\(length)\r\n\r\n\(body)")
+        await service.untilBlocked()
+        client = nil
+        let hasEnded = Atomic(false)
+        async let hadEnded = {
+            await server.stop()
+            return hasEnded.load(ordering: .sequentiallyConsistent)
+        }()
+        // Time for a stop that does not wait to return.
+        try await Task.sleep(for: .milliseconds(200))
+        hasEnded.store(true, ordering: .sequentiallyConsistent)
+        service.release()
+        #expect(await hadEnded)
     }
 
     @Test("stopping waits no longer than its grace for a command that does not end")
