@@ -36,10 +36,12 @@ extension Session {
         return count
     }
 
-    /// Where nothing is under way, the next event is input; the rest of a request that has begun, too.
+    /// Where nothing is under way, the next event is input; the rest of a request that has begun, too, but not over TCP,
+    /// where it comes in more pieces the sooner it is taken.
     @inline(__always)
     func expectInput() {
-        if inFlight == 0, !paused, let token { loop.expectOnly(token, descriptor: descriptor) }
+        guard inFlight == 0, !paused, isLocal || !input.isWithinRequest, let token else { return }
+        loop.expectOnly(token, descriptor: descriptor)
     }
 
     /// Has the rest of the request at the front, a large write, received at its place.
