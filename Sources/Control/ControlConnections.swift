@@ -7,10 +7,9 @@ final class ControlConnections: Sendable {
         var open: [ObjectIdentifier: ControlConnection] = [:]
         /// Commands that run; a client may be gone before its command has ended.
         var running = 0
-        var isStopping = false
         /// Commands that still run are waited for no longer.
         var graceIsOver = false
-        /// Whether every command has ended; fulfilled when nothing is waited for any more.
+        /// Set when the server stops; fulfilled with whether every command has ended when nothing is waited for any more.
         var drained: EventLoopPromise<Bool>?
     }
 
@@ -29,7 +28,7 @@ final class ControlConnections: Sendable {
     /// - Returns: false when the connection is one too many and is to be refused.
     func add(_ connection: ControlConnection) -> Bool {
         state.value.open[ObjectIdentifier(connection)] = connection
-        return state.value.open.count <= limit && !state.value.isStopping
+        return state.value.open.count <= limit && state.value.drained == nil
     }
 
     /// On the server's loop.
@@ -53,7 +52,6 @@ final class ControlConnections: Sendable {
     func drain(within grace: Duration) async -> Bool {
         let promise = loop.makePromise(of: Bool.self)
         loop.execute { [self] in
-            state.value.isStopping = true
             state.value.drained = promise
             for connection in state.value.open.values { connection.closeUnlessAnswering() }
             loop.scheduleTask(in: TimeAmount(grace)) { [self] in
@@ -67,11 +65,11 @@ final class ControlConnections: Sendable {
         return (try? await promise.futureResult.get()) ?? false
     }
 
+    /// What a promise is fulfilled with again counts for nothing.
     private func settle() {
         guard let drained = state.value.drained, state.value.open.isEmpty,
             state.value.running == 0 || state.value.graceIsOver
         else { return }
-        state.value.drained = nil
         drained.succeed(state.value.running == 0)
     }
 }
