@@ -77,10 +77,14 @@ package protocol BackendClient: AnyObject {
     /// Where data that is read may be left; nil where it has to be in memory.
     var pipes: PipePool? { get }
     func completed(_ io: UnsafeMutablePointer<IO>)
+    /// What was acknowledged may be lost: every flush fails from now on, also those of later daemons. Once, before the
+    /// first flush fails.
+    func flushesFail()
 }
 
 extension BackendClient {
     package var pipes: PipePool? { nil }
+    package func flushesFail() {}
 }
 
 /// Where the bytes of one open volume live. All calls on the volume's loop.
@@ -187,6 +191,9 @@ package protocol OpenVolume: AnyObject, Sendable {
     /// - Returns: the new record, which `record` gives from now on.
     func grow(to size: UInt64?) throws(BackendError) -> VolumeRecord
 
+    /// Every flush is to fail, as it did for the daemon that had the volume before. Before `start`.
+    func failFlushes()
+
     /// What is to be done for it now that snapshots were deleted; nil for nothing. On the blocking-work thread.
     var dueChange: StoreChange? { get }
 
@@ -205,6 +212,8 @@ package protocol OpenVolume: AnyObject, Sendable {
 /// A store without snapshots.
 extension OpenVolume {
     package var dueChange: StoreChange? { nil }
+
+    package func failFlushes() {}
 
     package func settle() {}
 
@@ -237,10 +246,16 @@ package protocol VolumePool: AnyObject, Sendable {
     ///   - blockSize: 512 or 4096.
     func create(volume: String, size: UInt64, blockSize: UInt32) throws(BackendError) -> VolumeRecord
     /// Fails with EBUSY while the volume, or a snapshot of it, is open anywhere.
-    /// - Parameter snapshots: delete its snapshots too; EBUSY when it has some and this is false.
-    func delete(volume: String, snapshots: Bool) throws(BackendError)
-    /// Sorted by name.
+    /// - Parameters:
+    ///   - snapshots: delete its snapshots too; EBUSY when it has some and this is false.
+    ///   - force: also what is damaged and may still have good data; EUCLEAN when it is and this is false.
+    func delete(volume: String, snapshots: Bool, force: Bool) throws(BackendError)
+    /// Those that can be read, sorted by name.
     func list() throws(BackendError) -> [VolumeRecord]
+    /// Those that cannot, and why; sorted by name.
+    func damaged() throws(BackendError) -> [DamagedVolume]
+    /// Nil where that is not known.
+    func space() throws(BackendError) -> PoolSpace?
     /// Grows a volume that is not open, as `OpenVolume.grow`; EBUSY when it is open.
     func grow(volume: String, to size: UInt64?) throws(BackendError) -> VolumeRecord
     /// Opens for one user; a second open that could write fails with EBUSY.
@@ -255,6 +270,40 @@ extension VolumePool {
     package func open(volume: String, readOnly: Bool, within limit: UInt64?) throws(BackendError) -> any OpenVolume {
         try open(volume: volume, readOnly: readOnly)
     }
+
+    package func delete(volume: String, snapshots: Bool) throws(BackendError) {
+        try delete(volume: volume, snapshots: snapshots, force: false)
+    }
+
+    package func damaged() throws(BackendError) -> [DamagedVolume] { [] }
+
+    package func space() throws(BackendError) -> PoolSpace? { nil }
+}
+
+/// A volume of a pool that cannot be read. It can be deleted, and hinders no other.
+package struct DamagedVolume: Sendable, Equatable {
+    package let volume: String
+    package let reason: String
+
+    package init(volume: String, reason: String) {
+        self.volume = volume
+        self.reason = reason
+    }
+}
+
+/// Where the bytes of a pool lie: how much of that there is, in bytes.
+package struct PoolSpace: Sendable, Equatable {
+    package let total: UInt64
+    /// For this process.
+    package let free: UInt64
+
+    package init(total: UInt64, free: UInt64) {
+        self.total = total
+        self.free = free
+    }
+
+    /// Writes will fail before long: less than a twentieth is free, or less than 1 GiB of what is larger than 8.
+    package var isNearlyFull: Bool { free < total / 20 || (free < 1 << 30 && total > 8 << 30) }
 }
 
 /// A pool whose volumes have snapshots. All calls block.

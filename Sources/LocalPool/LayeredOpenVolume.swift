@@ -60,6 +60,8 @@ final class LayeredOpenVolume: OpenVolume, @unchecked Sendable {
         if !readOnly { try headFile.settle() }
     }
 
+    func failFlushes() { hasFailed.store(true, ordering: .relaxed) }
+
     func reopen(after change: StoreChange) throws(BackendError) -> any OpenVolume {
         try pool.reopen(.layered(self), after: change)
     }

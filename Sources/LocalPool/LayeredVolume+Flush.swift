@@ -93,7 +93,10 @@ extension LayeredVolume {
             flush.mapIsBehind = true
         }
         // Whatever the reason was, it does not help to remove it.
-        if isFinal { flush.error = EIO }
+        if isFinal {
+            flush.error = EIO
+            client.flushesFail()
+        }
         endRound(isFinal ? EIO : code)
     }
 

@@ -16,7 +16,7 @@ final class LayeredVolume: Backend, FileCompletion {
     let volume: LayeredOpenVolume
     let map: ChainMap
     let buffers: BufferPool
-    private unowned(unsafe) let client: any BackendClient
+    unowned(unsafe) let client: any BackendClient
     var ring: FileRing?
     /// Of the layers' data, as `map.entries` counts them.
     private let descriptors: UnsafeMutablePointer<Int32>

@@ -79,14 +79,17 @@ extension LocalPool {
         do { tree = try self.tree(directory) } catch { return }
         let data = Set(tree.layers.values.map(\.dataFile))
         let needed = data.union(tree.layers.values.map(\.mapFile))
-        let identities = data.compactMap { identity(directory, $0) }
+        var identities: [[UInt64]] = []
+        for file in data { if let identity = try identity(directory, file) { identities.append(identity) } }
         for file in try directory.names() where file.hasPrefix(Layer.prefix) && !needed.contains(file) {
             try directory.remove(file)
         }
         // The name its data had before the first snapshot.
         for volume in tree.volumes where volume.head != nil {
             let file = Self.data(volume.record.volume)
-            if let identity = identity(directory, file), identities.contains(identity) { try directory.remove(file) }
+            if let identity = try identity(directory, file), identities.contains(identity) {
+                try directory.remove(file)
+            }
         }
         try directory.synchronize()
         try directory.remove(Self.marker)
@@ -94,9 +97,8 @@ extension LocalPool {
     }
 
     /// Which file a name means.
-    private func identity(_ directory: borrowing Directory, _ file: String) -> [UInt64]? {
-        var status = stat()
-        guard directory.look(at: file, &status) else { return nil }
+    private func identity(_ directory: borrowing Directory, _ file: String) throws(BackendError) -> [UInt64]? {
+        guard let status = try directory.status(of: file) else { return nil }
         return [UInt64(status.st_dev), UInt64(status.st_ino)]
     }
 

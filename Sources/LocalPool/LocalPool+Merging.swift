@@ -120,7 +120,7 @@ extension LocalPool {
         _ directory: borrowing Directory, _ record: VolumeRecord, _ layer: Layer, _ data: LayerFile
     ) throws(BackendError) -> any OpenVolume {
         let file = Self.data(record.volume)
-        guard !directory.exists(file) else {
+        guard try !directory.exists(file) else {
             throw BackendError(
                 code: EEXIST, message: "\(path)/\(file) is in the way and belongs to no volume; move it away")
         }

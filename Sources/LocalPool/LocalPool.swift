@@ -63,10 +63,10 @@ package final class LocalPool: VolumePool {
 
     /// EEXIST when a new volume cannot have the name.
     func checkFree(_ directory: borrowing Directory, _ volume: String) throws(BackendError) {
-        guard !directory.exists(Self.description(volume)) else {
+        guard try !directory.exists(Self.description(volume)) else {
             throw BackendError(code: EEXIST, message: "\(name)/\(volume) exists already")
         }
-        guard !directory.exists(Self.data(volume)) else {
+        guard try !directory.exists(Self.data(volume)) else {
             throw BackendError(
                 code: EEXIST,
                 message: "\(path)/\(Self.data(volume)) is in the way and belongs to no volume; move it away")
@@ -115,7 +115,7 @@ package final class LocalPool: VolumePool {
         }
     }
 
-    package func delete(volume: String, snapshots: Bool) throws(BackendError) {
+    package func delete(volume: String, snapshots: Bool, force: Bool) throws(BackendError) {
         let directory = try openDirectory()
         let lock = try directory.lock()
         defer { Glibc.close(lock) }
@@ -163,7 +163,7 @@ package final class LocalPool: VolumePool {
             let file = file.dropFirst()
             if let data = file.removing(suffix: Self.dataIn + Self.fresh) {
                 let volume = String(data)
-                if directory.exists(Self.description(volume)), !directory.exists(Self.data(volume)) {
+                if try directory.exists(Self.description(volume)), try !directory.exists(Self.data(volume)) {
                     try directory.rename(Self.ours + file, to: Self.data(volume))
                 } else {
                     try directory.remove(Self.ours + file)
@@ -174,7 +174,7 @@ package final class LocalPool: VolumePool {
                 changed = true
             } else if let gone = file.removing(suffix: Self.describedBy + Self.deleted) {
                 let volume = String(gone)
-                if !directory.exists(Self.description(volume)) { try directory.remove(Self.data(volume)) }
+                if try !directory.exists(Self.description(volume)) { try directory.remove(Self.data(volume)) }
                 try directory.synchronize()
                 try directory.remove(Self.ours + file)
                 changed = true
@@ -184,7 +184,7 @@ package final class LocalPool: VolumePool {
             }
         }
         if changed { try directory.synchronize() }
-        if directory.exists(Self.marker) { try removeUnreferenced(directory) }
+        if try directory.exists(Self.marker) { try removeUnreferenced(directory) }
     }
 
     // MARK: List and open
@@ -215,7 +215,7 @@ package final class LocalPool: VolumePool {
 
     func describe(_ directory: borrowing Directory, _ volume: String) throws(BackendError) -> VolumeDescription {
         let file = Self.description(volume)
-        guard directory.exists(file) else { throw missing(volume) }
+        guard try directory.exists(file) else { throw missing(volume) }
         return try VolumeDescription.decode(try directory.read(file), volume: volume, file: "\(path)/\(file)")
     }
 

@@ -55,6 +55,8 @@ final class LocalOpenVolume: OpenVolume {
         }
     }
 
+    func failFlushes() { hasFailed.store(true, ordering: .relaxed) }
+
     func reopen(after change: StoreChange) throws(BackendError) -> any OpenVolume {
         try pool.reopen(.plain(self), after: change)
     }
@@ -258,7 +260,10 @@ final class LocalVolume: Backend, FileCompletion {
 
     private func synchronizeCompleted(_ code: Int32) {
         // Whatever the reason was, it does not help to remove it.
-        if code != 0 { flushError = EIO }
+        if code != 0 {
+            flushError = EIO
+            client.flushesFail()
+        }
         flushed(flushError)
     }
 

@@ -46,6 +46,10 @@ static inline int qbd_openat(int dir, const char *path, int flags, mode_t mode) 
 
 // fcntl(2) is variadic.
 static inline int qbd_duplicate(int fd) { return fcntl(fd, F_DUPFD_CLOEXEC, 0); }
+static inline int qbd_set_flags(int fd, int flags) { return fcntl(fd, F_SETFL, flags); }
+
+// renameat2(2) with RENAME_NOREPLACE, which need _GNU_SOURCE.
+int qbd_rename_new(int old_dir, const char *old_path, int new_dir, const char *new_path);
 
 // epoll_data_t is a union in a packed struct; epoll_pwait2 takes nanoseconds (Linux 5.11).
 static inline int qbd_epoll_ctl(int epfd, int op, int fd, uint32_t events, uint64_t data) {
