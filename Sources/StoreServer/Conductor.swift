@@ -406,12 +406,18 @@ actor Conductor {
         let limit = try number("limit", query).map { Int(clamping: $0) } ?? .max
         let only = query.parameters["name"] ?? ""
         let tenant = (pools.keys.sorted().firstIndex(of: pool.name) ?? 0) + 1
-        let node = node
+        let (node, logger) = (node, logger)
         return try await aside { () throws(BackendError) in
             var volumes: [ListVolumeAnswer.Volume] = []
             for record in try pool.volumes.list() where only.isEmpty || record.volume == only {
                 guard volumes.count < limit else { break }
-                let entry = try pool.entry(record)
+                let entry: StorePool.Entry
+                do throws(BackendError) { entry = try pool.entry(record) } catch {
+                    // One that cannot be read hides no other.
+                    guard only.isEmpty else { throw error }
+                    logger.error("not listed: \(error.message)", metadata: ["volume": "\(pool.name)/\(record.volume)"])
+                    continue
+                }
                 volumes.append(
                     .init(
                         id: entry.id, name: record.volume, size: record.size, tenantId: tenant,
@@ -466,12 +472,16 @@ actor Conductor {
         let id = replica & ~(StoreProtocol.volumeIDUnit - 1)
         let pools = pools
         return try await aside { () throws(BackendError) in
+            var unknown: BackendError?
             for pool in pools.values {
                 for record in try pool.volumes.list() {
-                    let entry = try pool.entry(record)
-                    if entry.id == id { return HandleErrorAnswer(metaVer: entry.metaVersion) }
+                    do throws(BackendError) {
+                        let entry = try pool.entry(record)
+                        if entry.id == id { return HandleErrorAnswer(metaVer: entry.metaVersion) }
+                    } catch { unknown = unknown ?? error }
                 }
             }
+            if let unknown { throw unknown }
             throw BackendError(code: EINVAL, message: "no volume has the replica \(replica)")
         }
     }

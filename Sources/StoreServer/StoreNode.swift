@@ -241,7 +241,7 @@ actor StoreNode {
 
     /// Whether there is a volume that `create` has made for an order with this id, and no other one of its name.
     private static func isMade(for order: VolumeOrder, _ pool: StorePool) throws(BackendError) -> Bool {
-        guard let record = try pool.volumes.list().first(where: { $0.volume == order.volumeName }) else { return false }
+        guard let record = try pool.find(order.volumeName) else { return false }
         return try pool.entry(record).origin == order.volumeId
     }
 

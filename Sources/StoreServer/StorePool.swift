@@ -55,10 +55,19 @@ final class StorePool: Sendable {
     }
 
     func record(_ volume: String) throws(BackendError) -> VolumeRecord {
-        guard let record = try volumes.list().first(where: { $0.volume == volume }) else {
+        guard let record = try find(volume) else {
             throw BackendError(code: ENOENT, message: "no volume \(volume) in tenant \(name)")
         }
         return record
+    }
+
+    /// Nil when there is no such volume. EUCLEAN when there is something of that name that cannot be read.
+    func find(_ volume: String) throws(BackendError) -> VolumeRecord? {
+        if let record = try volumes.list().first(where: { $0.volume == volume }) { return record }
+        if let damaged = try volumes.damaged().first(where: { $0.volume == volume }) {
+            throw BackendError(code: EUCLEAN, message: "\(name)/\(volume) is damaged: \(damaged.reason)")
+        }
+        return nil
     }
 
     // MARK: Entries
@@ -91,9 +100,7 @@ final class StorePool: Sendable {
     /// What is known of a volume whose creation failed and that stores may have; nil when there is no such.
     func leftover(_ volume: String) throws(BackendError) -> Entry? {
         let entry = if let path { try read(volume, in: path) } else { entries.withLock { $0[volume] } }
-        guard let entry, !entry.suspects.isEmpty, try !volumes.list().contains(where: { $0.volume == volume }) else {
-            return nil
-        }
+        guard let entry, !entry.suspects.isEmpty, try find(volume) == nil else { return nil }
         return entry
     }
 
