@@ -34,14 +34,10 @@ extension MapFile {
         _ path: String, creating: Bool, _ make: (MapFile) -> [UInt8]?
     ) throws(ConfigurationError) -> Bool {
         // A link to the file stays a link.
-        let target = realpath(path, nil).map { resolved in
-            defer { free(resolved) }
-            return String(cString: resolved)
-        }
-        let place = Place(target ?? path)
+        let place = try Place(following: path)
         let folder = try place.openFolder()
         defer { close(folder) }
-        guard ConfigurationFile.retrying({ flock(folder, LOCK_EX) }) == 0 else { throw place.failure(errno) }
+        try place.lock(folder)
 
         let file: MapFile
         do throws(ConfigurationError) {
@@ -70,6 +66,31 @@ extension MapFile {
                 : parts.count > 1 ? parts.dropLast().joined(separator: "/") : "."
         }
 
+        /// A file that is not there is made where the path says.
+        init(following path: String) throws(ConfigurationError) {
+            guard let resolved = realpath(path, nil) else {
+                let code = errno
+                self.init(path)
+                guard code == ENOENT else { throw failure(code) }
+                return
+            }
+            defer { free(resolved) }
+            self.init(String(cString: resolved))
+        }
+
+        /// Seconds that somebody else may have the folder's lock.
+        private static let lockLimit = 30
+
+        /// EBUSY when somebody else has it for longer.
+        func lock(_ folder: Int32) throws(ConfigurationError) {
+            for _ in 0..<(Self.lockLimit * 100) {
+                if ConfigurationFile.retrying({ flock(folder, LOCK_EX | LOCK_NB) }) == 0 { return }
+                guard errno == EWOULDBLOCK else { throw failure(errno) }
+                usleep(10_000)
+            }
+            throw failure(EBUSY)
+        }
+
         func failure(_ code: Int32) -> ConfigurationError {
             ConfigurationError(
                 "cannot write the list of volumes: \(String(cString: strerror(code)))", file: path, systemError: code)
@@ -85,8 +106,9 @@ extension MapFile {
         /// The new file has the old one's owner and mode.
         func replace(in folder: Int32, by bytes: [UInt8]) throws(ConfigurationError) {
             let temporary = ".\(name).new"
-            let flags = O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC
-            // What a crash left there under this name is overwritten.
+            let flags = O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC
+            // What a crash left there under this name goes, whatever it is.
+            guard unlinkat(folder, temporary, 0) == 0 || errno == ENOENT else { throw failure(errno) }
             let descriptor = ConfigurationFile.retrying { openat(folder, temporary, flags, 0o600) }
             guard descriptor >= 0 else { throw failure(errno) }
             let code = fill(descriptor, with: bytes, modelled: folder)

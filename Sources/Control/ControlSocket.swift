@@ -75,7 +75,8 @@ struct ControlSocket: ~Copyable {
 
     /// Removes the socket's file, if it still is the one made here. Does not close the descriptor.
     consuming func remove() {
-        if FileIdentity(path: path) == identity { unlink(path) }
+        // What somebody else has put there, or what cannot be told, stays.
+        if let named = try? FileIdentity(path: path), named == identity { unlink(path) }
     }
 
     private static func publish(
@@ -88,7 +89,7 @@ struct ControlSocket: ~Copyable {
             }
         }
         guard Glibc.listen(descriptor, backlog) == 0 else { throw .system("cannot listen at \(path)") }
-        guard let identity = FileIdentity(path: draft), rename(draft, path) == 0 else {
+        guard let identity = try FileIdentity(path: draft), rename(draft, path) == 0 else {
             throw .system("cannot put the socket at \(path)")
         }
         return identity

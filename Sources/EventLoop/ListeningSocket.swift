@@ -42,15 +42,25 @@ package enum ListeningSocket {
 
     private static func removeStale(_ path: String, _ address: inout sockaddr_un) throws(SystemError) {
         var status = stat()
-        guard lstat(path, &status) == 0 else { return }
+        do throws(SystemError) { try retrying("look at \(path)") { lstat(path, &status) } } catch {
+            guard error.code == ENOENT else { throw error }
+            return
+        }
         guard status.st_mode & S_IFMT == S_IFSOCK else {
             throw SystemError(code: EEXIST, operation: "listen on \(path) (it is there and is no socket)")
         }
-        let probe = try retrying("socket") { socket(AF_UNIX, Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue), 0) }
+        // One that is busy is not waited for: EAGAIN.
+        let probe = try retrying("socket") {
+            socket(AF_UNIX, Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue | SOCK_NONBLOCK.rawValue), 0)
+        }
         defer { Glibc.close(probe) }
         let answered = withAddress(&address) { pointer, length in connect(probe, pointer, length) == 0 }
-        if answered || errno != ECONNREFUSED {
+        let code = errno
+        if answered || code == EAGAIN {
             throw SystemError(code: EADDRINUSE, operation: "listen on \(path) (another daemon answers there)")
+        }
+        guard code == ECONNREFUSED else {
+            throw SystemError(code: code, operation: "tell whether somebody listens on \(path)")
         }
         try retrying("remove \(path)") { unlink(path) }
     }

@@ -28,7 +28,8 @@ struct Hook: Sendable {
             path = hook
         } else {
             path = "\(Environment["QBD_HOOKS"] ?? Self.defaultFolder)/\(volume)"
-            if access(path, F_OK) != 0, errno == ENOENT || errno == ENOTDIR { return nil }
+            // A name that is longer than that of a file can be has none there.
+            if access(path, F_OK) != 0, [ENOENT, ENOTDIR, ENAMETOOLONG].contains(errno) { return nil }
         }
     }
 

@@ -257,6 +257,34 @@ final class MapFileChangeTests {
         #expect(try names() == ["map.conf"])
     }
 
+    @Test("A FIFO in the way is neither waited for nor read", .timeLimit(.minutes(1)))
+    func fifo() throws {
+        try write("a/a\n")
+        try #require(mkfifo("\(folder)/.map.conf.new", 0o600) == 0)
+        try MapFile.save(MapEntry(try VolumeName(parsing: "a/b")), path: path)
+        #expect(try text() == "a/a\na/b\n")
+        unlink(path)
+        try #require(mkfifo(path, 0o600) == 0)
+        #expect(throws: ConfigurationError.self) { try MapFile.load(path: path) }
+        #expect(throws: ConfigurationError.self) {
+            try MapFile.save(MapEntry(try VolumeName(parsing: "a/b")), path: path)
+        }
+        #expect(try names() == ["map.conf"], "and it is not replaced")
+    }
+
+    @Test("A file that cannot be read is not replaced by one with a single line")
+    func unreadable() throws {
+        let entry = MapEntry(try VolumeName(parsing: "a/b"))
+        // A path that leads nowhere is not one that is not there.
+        try #require(symlink("map.conf", path) == 0)
+        #expect(throws: ConfigurationError.self) { try MapFile.save(entry, path: path) }
+        unlink(path)
+        try #require(mkdir(path, 0o700) == 0)
+        #expect(throws: ConfigurationError.self) { try MapFile.save(entry, path: path) }
+        #expect(try names() == ["map.conf"])
+        rmdir(path)
+    }
+
     @Test("Changes at the same time wait for each other, and none is lost")
     func together() async throws {
         let path = self.path
