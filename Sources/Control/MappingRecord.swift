@@ -19,6 +19,8 @@ package struct MappingRecord: Codable, Sendable, Equatable {
     package var health: String
     /// When that began, in seconds since 1970.
     package var healthSince: Int64
+    /// From when on every flush fails, in seconds since 1970; nil, and then absent, while they do not.
+    package var flushesFailSince: Int64?
     /// Bytes.
     package var size: UInt64
     /// Bytes.
@@ -34,8 +36,9 @@ package struct MappingRecord: Codable, Sendable, Equatable {
     package init(
         deviceID: UInt32, id: UInt64, device: String, volume: String, config: String, limits: Limits, state: String,
         since: Int64, health: String, healthSince: Int64, size: UInt64, blockSize: UInt32, transport: String,
-        readOnly: Bool, uri: String, connections: Int
+        readOnly: Bool, uri: String, connections: Int, flushesFailSince: Int64? = nil
     ) {
+        self.flushesFailSince = flushesFailSince
         self.deviceID = deviceID
         volumeID = hexadecimal(id)
         self.device = device
@@ -57,6 +60,7 @@ package struct MappingRecord: Codable, Sendable, Equatable {
     package enum CodingKeys: String, CodingKey {
         case device, volume, config, state, since, health, size, uri, connections
         case healthSince = "health_since"
+        case flushesFailSince = "flushes_fail_since"
         case deviceID = "dev_id"
         case volumeID = "vol_id"
         case blockSize = "block_size"
@@ -77,6 +81,7 @@ package struct MappingRecord: Codable, Sendable, Equatable {
         since = try fields.decode(Int64.self, forKey: .since)
         health = try fields.decode(String.self, forKey: .health)
         healthSince = try fields.decode(Int64.self, forKey: .healthSince)
+        flushesFailSince = try fields.decodeIfPresent(Int64.self, forKey: .flushesFailSince)
         size = try fields.decode(UInt64.self, forKey: .size)
         blockSize = try fields.decode(UInt32.self, forKey: .blockSize)
         transport = try fields.decode(String.self, forKey: .transport)
@@ -97,6 +102,7 @@ package struct MappingRecord: Codable, Sendable, Equatable {
         try fields.encode(since, forKey: .since)
         try fields.encode(health, forKey: .health)
         try fields.encode(healthSince, forKey: .healthSince)
+        try fields.encodeIfPresent(flushesFailSince, forKey: .flushesFailSince)
         try fields.encode(size, forKey: .size)
         try fields.encode(blockSize, forKey: .blockSize)
         try fields.encode(transport, forKey: .transport)

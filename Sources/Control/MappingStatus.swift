@@ -12,11 +12,14 @@ package struct MappingStatus: Codable, Sendable, Equatable {
     package var stores: [Store]?
     /// Why I/O waits for its store, in one sentence; nil, and then absent, when it does not.
     package var waits: String?
+    /// What its pool lies on; nil, and then absent, where that is not known.
+    package var room: PoolRoom?
 
     package init(
         mapping: MappingRecord, counters: Counters, heldBack: HeldBack, latency: Latency, conductor: String? = nil,
-        shards: [Shard]? = nil, stores: [Store]? = nil, waits: String? = nil
+        shards: [Shard]? = nil, stores: [Store]? = nil, waits: String? = nil, room: PoolRoom? = nil
     ) {
+        self.room = room
         self.conductor = conductor
         self.shards = shards
         self.stores = stores
@@ -168,6 +171,7 @@ package struct MappingStatus: Codable, Sendable, Equatable {
 
     package enum CodingKeys: String, CodingKey {
         case counters, latency, conductor, shards, stores, waits
+        case room = "pool"
         case heldBack = "held_back"
     }
 
@@ -182,6 +186,7 @@ package struct MappingStatus: Codable, Sendable, Equatable {
         shards = try fields.decodeIfPresent([Shard].self, forKey: .shards)
         stores = try fields.decodeIfPresent([Store].self, forKey: .stores)
         waits = try fields.decodeIfPresent(String.self, forKey: .waits)
+        room = try fields.decodeIfPresent(PoolRoom.self, forKey: .room)
     }
 
     package func encode(to encoder: any Encoder) throws {
@@ -194,5 +199,6 @@ package struct MappingStatus: Codable, Sendable, Equatable {
         try fields.encodeIfPresent(shards, forKey: .shards)
         try fields.encodeIfPresent(stores, forKey: .stores)
         try fields.encodeIfPresent(waits, forKey: .waits)
+        try fields.encodeIfPresent(room, forKey: .room)
     }
 }

@@ -18,6 +18,15 @@ package enum StatusText {
             ("config", mapping.config),
             ("state", "\(mapping.state) since \(Calendar.text(mapping.since))"),
             ("health", "\(mapping.health) since \(Calendar.text(mapping.healthSince))"),
+        ]
+        if let since = mapping.flushesFailSince {
+            lines.append(
+                (
+                    "flushes fail",
+                    "since \(Calendar.text(since)): what was acknowledged may be lost; unmap it and map it anew"
+                ))
+        }
+        lines += [
             ("connections", String(mapping.connections)),
             ("limits", limits(mapping.limits)),
             ("reads", "\(counters.reads), \(size(counters.readBytes))"),
@@ -30,6 +39,13 @@ package enum StatusText {
             ("held back", heldBack(status.heldBack)),
         ]
         lines += cluster(status)
+        if let room = status.room {
+            lines.append(
+                (
+                    "pool",
+                    "\(size(room.free)) of \(size(room.total)) free\(room.nearlyFull ? "; NEARLY FULL: make room" : "")"
+                ))
+        }
         if status.shards != nil || status.waits != nil { lines.append(("waits", status.waits ?? "no")) }
         lines.append(("read latency", percentiles(latency.reads)))
         lines.append(("write latency", percentiles(latency.writes)))
@@ -50,7 +66,7 @@ package enum StatusText {
         ] + (status.stores ?? []).map { ("store", line($0, shards)) }
     }
 
-    private static func size(_ bytes: UInt64) -> String {
+    static func size(_ bytes: UInt64) -> String {
         bytes < 1024 ? "\(bytes) B" : "\(rounded(bytes)) (\(bytes) B)"
     }
 

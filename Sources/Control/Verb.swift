@@ -69,7 +69,7 @@ package enum Verb: String, CaseIterable, Sendable {
         case .resume: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] -t normal|error|discard"
         case .resize: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] -k SIZE|--to-store-size [--rescan-partitions]"
         case .create: "POOL/VOLUME -k SIZE [--block-size 512|4096] [-c CONFIG]"
-        case .delete: "POOL/VOLUME [--snapshots] [-c CONFIG]"
+        case .delete: "POOL/VOLUME [--snapshots] [--force] [-c CONFIG]"
         case .volumes: "[POOL] [-c CONFIG]"
         case .snapshot: actions.joined(separator: "|") + " POOL/VOLUME[@SNAPSHOT] [-c CONFIG]"
         case .clone: "POOL/VOLUME@SNAPSHOT POOL/NEW [-c CONFIG]"

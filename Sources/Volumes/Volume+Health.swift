@@ -74,6 +74,34 @@ extension Volume {
         }
     }
 
+    /// Seconds that the answer of a failed flush waits for the state folder.
+    private static let writingTimeout: UInt64 = 5
+
+    package func flushesFail() {
+        guard flushesFailSince == nil else { return }
+        let since = Int64(time(nil))
+        lostSince.withLock { $0 = since }
+        logger.error(
+            "a flush failed: what was acknowledged may be lost, and every flush fails until the volume is mapped anew")
+        unanswered = []
+        let timer = LoopTimer(loop: loop) { [unowned self] in
+            logger.error("that flushes fail is not written down yet, after \(Self.writingTimeout) s")
+            answerFailures()
+        }
+        timer.arm(after: Self.writingTimeout * 1_000_000_000)
+        unansweredTimer = timer
+        report(.flushesFail(since: since) { [self] in loop.post { [self] in answerFailures() } })
+    }
+
+    private func answerFailures() {
+        unansweredTimer?.cancel()
+        unansweredTimer = nil
+        let parts = unanswered ?? []
+        unanswered = nil
+        for part in parts { finish(part) }
+        loop.runAgain()
+    }
+
     // MARK: Slow requests
 
     /// A request whose store took too long has been completed.

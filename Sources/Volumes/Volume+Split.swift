@@ -123,7 +123,15 @@ extension Volume {
         if part.pointee.status != 0 {
             if request.pointee.status == 0 { request.pointee.status = part.pointee.status }
             noticeFailure(part)
+            // Nobody hears of a failure that the next daemon would not know of.
+            if unanswered?.append(part) != nil { return }
         }
+        finish(part)
+    }
+
+    @inline(__always)
+    func finish(_ part: UnsafeMutablePointer<IO>) {
+        let request = part.pointee.request.assumingMemoryBound(to: Request.self)
         switch request.pointee.command {
         case .read: break
         case .blockStatus: if request.pointee.oneExtent { keepOneExtent(part) }

@@ -48,6 +48,12 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     /// Requests handed to the splitter and not yet completed.
     var atStore = 0
     var watch: Watch
+    /// Seconds since 1970 from when on flushes fail; nil while they do not. From any thread.
+    package var flushesFailSince: Int64? { lostSince.withLock { $0 } }
+    let lostSince: Mutex<Int64?>
+    /// Failed parts whose answer waits until it is written down that flushes fail; nil when nothing is waited for.
+    var unanswered: ContiguousArray<UnsafeMutablePointer<IO>>?
+    var unansweredTimer: LoopTimer?
     var counters = VolumeCounters()
     private let readLatency = LatencyHistogram()
     private let writeLatency = LatencyHistogram()
@@ -71,6 +77,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
         self.logger = logger
         self.report = report
         watch = Watch(slowIO: slowIO, isReadOnly: opened.readOnly, now: loop.now)
+        lostSince = Mutex(settings.flushesFailSince)
         gate = Gate(state: settings.gate, since: settings.gateSince)
         let record = opened.record
         var export = Export(
@@ -121,6 +128,10 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
             // The backend's end of turn comes first: what it completes there is answered in the same turn.
             store = try opened.start(on: loop, buffers: buffers, client: self)
         } catch { return error }
+        if let since = flushesFailSince {
+            notice(.flushFailed)
+            watch.since = since
+        }
         throttle.set(limits, now: loop.now)
         enterGate(gate.state)
         quiet = LoopTimer(loop: loop) { [unowned self] in quietPassed() }
@@ -279,6 +290,8 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
         quiet = nil
         watch.timer?.cancel()
         watch.timer = nil
+        unansweredTimer?.cancel()
+        unansweredTimer = nil
         store.close()
         self.store = nil
         backend = nil
@@ -347,7 +360,8 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
             counters: counters, inFlight: requests.inUse, heldBack: heldBack(),
             readLatency: readLatency.summary(), writeLatency: writeLatency.summary(),
             flushLatency: flushLatency.summary(), clients: sessions.map(\.peer).filter { $0 != KernelSide.peer },
-            kernelConnections: kernel.sessions.count, answered: activity, cluster: store?.report)
+            kernelConnections: kernel.sessions.count, answered: activity, cluster: store?.report,
+            flushesFailSince: flushesFailSince)
     }
 }
 
@@ -357,6 +371,8 @@ package enum SessionEvent: Sendable {
     case sessions(Int)
     /// A session with the kernel ended by itself.
     case kernelConnectionLost
+    /// From now on, in seconds since 1970. The answers that say so wait a while for the call of `written`, from any thread.
+    case flushesFail(since: Int64, written: @Sendable () -> Void)
 }
 
 /// What only the loop knows of a volume.
@@ -379,4 +395,6 @@ package struct VolumeLoopStatus: Sendable {
     /// Changes with every request that is answered.
     let answered: UInt64
     let cluster: ClusterReport?
+    /// Seconds since 1970; nil while they do not.
+    let flushesFailSince: Int64?
 }

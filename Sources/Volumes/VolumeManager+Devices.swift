@@ -33,8 +33,8 @@ extension VolumeManager {
     /// for its answer on a connection that lives costs a line of the kernel's log, and, where there are several
     /// connections, this one: see `QueueSettings.setResendInterval`.
     /// - Parameter heldBack: the volume is suspended, so that all requests wait for minutes.
-    private static func resendInterval(_ device: KernelDevice, heldBack: Bool) -> UInt32 {
-        device.queues > 1 ? (heldBack ? 600_000 : 30_000) : heldBack ? 30_000 : 2000
+    private static func resendInterval(_ device: KernelDevice, heldBack: Bool) throws(SystemError) -> UInt32 {
+        try device.queues > 1 ? (heldBack ? 600_000 : 30_000) : heldBack ? 30_000 : 2000
     }
     /// Seconds the kernel has to take a setting: newer ones finish all I/O in flight first.
     private static let settingTimeout = 5.0
@@ -49,6 +49,11 @@ extension VolumeManager {
         _ body: () throws(KernelDeviceError) -> Value
     ) throws(BackendError) -> Value {
         do { return try body() } catch { throw BackendError(code: error.code, message: error.message) }
+    }
+
+    /// For what is read of a device.
+    static func looking<Value>(_ body: () throws(SystemError) -> Value) throws(BackendError) -> Value {
+        do { return try body() } catch { throw BackendError(error) }
     }
 
     /// Does what may wait for the device's I/O. Never on a loop.
@@ -81,8 +86,11 @@ extension VolumeManager {
                 late.passed
                     ? BackendError(code: ETIMEDOUT, message: "\(device.path) has I/O in flight that does not end") : nil
             } _: { () throws(BackendError) -> [String] in
-                guard device.backend == attached.identifier.description else { return [] }
-                let interval = Self.resendInterval(device, heldBack: heldBack)
+                let interval = try Self.looking { () throws(SystemError) -> UInt32? in
+                    guard try device.backend == attached.identifier.description else { return nil }
+                    return try Self.resendInterval(device, heldBack: heldBack)
+                }
+                guard let interval else { return [] }
                 return try Self.run(.setResendInterval(interval), attached)
             }
             for remark in remarks { volume.logger.warning("\(remark)") }
@@ -90,10 +98,12 @@ extension VolumeManager {
     }
 
     /// Numbers of devices that other daemons on this host have.
-    func numbersOfOthers(_ target: MapTarget) async -> Set<UInt32> {
+    func numbersOfOthers(_ target: MapTarget) async throws(BackendError) -> Set<UInt32> {
         guard case .device = target, let store else { return [] }
-        return await blocking.run {
-            Set(KernelDevice.ours().map(\.identifier).filter { !store.made($0) }.map(\.deviceID))
+        return try await blocking.run { () throws(BackendError) in
+            try Self.looking { () throws(SystemError) in
+                Set(try KernelDevice.ours().map(\.identifier).filter { !store.made($0) }.map(\.deviceID))
+            }
         }
     }
 
@@ -143,20 +153,25 @@ extension VolumeManager {
     private func finish(
         _ attached: AttachedDevice, _ volume: Volume, isOpen: Bool, isNew: Bool = false
     ) async throws(BackendError) {
-        let work = DeviceWork.settle(
-            size: isOpen ? volume.export.size : nil, readOnly: volume.export.readOnly,
-            resendInterval: isNew ? Self.resendInterval(attached.device, heldBack: false) : nil)
-        let remarks = try await Aside.run { () throws(BackendError) in try Self.run(work, attached) }
+        let export = volume.export
+        let remarks = try await Aside.run { () throws(BackendError) in
+            let interval = try Self.looking { () throws(SystemError) in
+                isNew ? try Self.resendInterval(attached.device, heldBack: false) : nil
+            }
+            return try Self.run(
+                .settle(size: isOpen ? export.size : nil, readOnly: export.readOnly, resendInterval: interval), attached
+            )
+        }
         for remark in remarks { volume.logger.warning("\(remark)") }
     }
 
     /// Makes the names of partitions that have come since, and removes those of partitions that have gone.
     func renew(_ attached: AttachedDevice, _ volume: Volume) async {
         let remarks = await blocking.run { () -> [String] in
-            guard attached.device.backend == attached.identifier.description else { return [] }
-            do throws(SystemError) { return try DeviceNames().make(attached.device, attached.identifier) } catch {
-                return ["\(error)"]
-            }
+            do throws(SystemError) {
+                guard try attached.device.backend == attached.identifier.description else { return [] }
+                return try DeviceNames().make(attached.device, attached.identifier)
+            } catch { return ["\(error)"] }
         }
         for remark in remarks { volume.logger.warning("\(remark)") }
     }
@@ -203,7 +218,7 @@ extension VolumeManager {
         _ attached: AttachedDevice, _ volume: Volume?, _ logger: Logger, force: Bool
     ) async throws(BackendError) -> String? {
         let device = attached.device
-        guard await blocking.run({ device.backend == attached.identifier.description }) else {
+        guard try await isConnected(attached) else {
             logger.warning("\(device.path) is not connected any more")
             for remark in await blocking.run({ DeviceNames().remove(device, attached.identifier) }) {
                 logger.warning("\(remark)")
@@ -240,6 +255,15 @@ extension VolumeManager {
         return warning
     }
 
+    /// Whether a device is still the mapping's. An error says that this could not be found out.
+    func isConnected(_ attached: AttachedDevice) async throws(BackendError) -> Bool {
+        try await blocking.run { () throws(BackendError) in
+            try Self.looking { () throws(SystemError) in
+                try attached.device.backend == attached.identifier.description
+            }
+        }
+    }
+
     /// Who uses a device, one phrase each. What there is to be looked at is not ours, and some of it may not answer.
     private func users(
         of attached: AttachedDevice, _ logger: Logger, force: Bool
@@ -253,7 +277,9 @@ extension VolumeManager {
                     code: ETIMEDOUT,
                     message: "who uses \(device.path) was not found out within \(Int(Self.usersTimeout)) s")
             } _: { () throws(BackendError) in
-                DeviceUsers(device, names: DeviceNames.paths(device, identifier)).phrases()
+                try Self.looking { () throws(SystemError) in
+                    try DeviceUsers(device, names: try DeviceNames.paths(device, identifier)).phrases()
+                }
             }
         } catch {
             // A process that has it open is no hindrance to a claim: only here it is seen.
@@ -302,14 +328,14 @@ extension VolumeManager {
         }
         claim?.release()
         var remarks: [String] = []
-        if !device.waitUntilFree(Self.freeTimeout) {
-            remarks.append("\(device.path) is disconnected, and still open somewhere")
-        } else if !device.partitions.isEmpty {
-            // The kernel forgets partitions of a disk that has gone when it is opened next.
-            do throws(BackendError) { remarks += try run(.dropPartitions, attached) } catch {
-                remarks.append(error.message)
+        do throws(BackendError) {
+            if try !looking({ () throws(SystemError) in try device.waitUntilFree(Self.freeTimeout) }) {
+                remarks.append("\(device.path) is disconnected, and still open somewhere")
+            } else if try !looking({ () throws(SystemError) in try device.partitions.isEmpty }) {
+                // The kernel forgets partitions of a disk that has gone when it is opened next.
+                remarks += try run(.dropPartitions, attached)
             }
-        }
+        } catch { remarks.append(error.message) }
         return remarks + DeviceNames().remove(device, attached.identifier)
     }
 
@@ -321,7 +347,7 @@ extension VolumeManager {
         let deadConnectionTimeout = deviceSettings.reattachTimeout
         let sockets = try await blocking.run { () throws(BackendError) in
             // As many as the device was made with.
-            let missing = max(attached.device.queues, 1) - open
+            let missing = max(try Self.looking { () throws(SystemError) in try attached.device.queues }, 1) - open
             guard missing > 0 else { return [Int32]() }
             return try Self.unwrapping { () throws(KernelDeviceError) in
                 try KernelDevices().reconnect(

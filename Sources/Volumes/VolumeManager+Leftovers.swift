@@ -5,14 +5,14 @@ import Logging
 import NBD
 
 /// What an earlier daemon had mapped, and this one has not taken over: its store is away, or it is not what it was.
-struct Leftover: Sendable {
+package struct Leftover: Sendable {
     let deviceID: UInt32
     /// Nil when it cannot be read; then there is a device.
     let document: MappingDocument?
-    /// Nil for an export.
-    let device: AttachedDevice?
-    /// Bytes of the device; 0 for an export.
-    let size: UInt64
+    /// Nil for an export, and while it is not known whether the kernel has its device.
+    var device: AttachedDevice?
+    /// Bytes of the device; 0 for an export, and while that is not known.
+    package var size: UInt64
     /// Seconds since 1970.
     let since = Int64(time(nil))
     /// Why it is not taken over; nil while it is tried for the first time.
@@ -21,63 +21,102 @@ struct Leftover: Sendable {
     var isAwaited = true
 
     /// Whether nobody else may have its name: I/O may wait for it in the kernel, or it may be served any moment.
-    var isKept: Bool { device != nil || isAwaited }
+    var isKept: Bool { isDevice || isAwaited }
+
+    package var isDevice: Bool { device != nil || document?.device != nil }
 }
 
 /// What a daemon finds at its start.
-struct Leftovers: Sendable {
+package struct Leftovers: Sendable {
     /// By `pool/volume`.
-    private(set) var leftovers: [String: Leftover] = [:]
+    package private(set) var leftovers: [String: Leftover] = [:]
     /// Of devices that the kernel does not have any more.
-    private(set) var gone: [MappingDocument] = []
+    package private(set) var gone: [MappingDocument] = []
     /// Devices of this state folder that no document speaks of, and none that cannot be read might.
     private(set) var orphans: [AttachedDevice] = []
+    package var orphanedDevices: [KernelDevice] { orphans.map(\.device) }
     /// One line each.
-    private(set) var problems: [String] = []
+    package private(set) var problems: [String] = []
+    /// A document cannot be read: it may be that of any device.
+    private var isDamaged = false
 
-    /// Blocking.
-    static func find(_ store: MappingStore) -> Leftovers {
+    /// Blocking. Fails when it is not known which mappings there are.
+    /// - Parameter root: where /sys is; tests put a folder here.
+    package static func find(_ store: MappingStore, root: String = "") throws(BackendError) -> Leftovers {
         var found = Leftovers()
-        var documents: [MappingDocument] = []
-        do throws(BackendError) { (documents, found.problems) = try store.load() } catch {
-            found.problems = ["mappings are not taken over: \(error.message)"]
-        }
+        let (documents, damaged) = try store.load()
+        found.problems = damaged
+        found.isDamaged = !damaged.isEmpty
         var devices: [String: AttachedDevice] = [:]
-        for (device, identifier) in KernelDevice.ours() where store.made(identifier) {
-            devices[identifier.description] = AttachedDevice(identifier: identifier, device: device)
-        }
-        for document in documents { found.add(document, &devices) }
+        let unknown = found.look(for: &devices, store, root)
+        for document in documents { found.add(document, &devices, unknown) }
         for device in devices.values {
-            guard !found.problems.isEmpty else {
+            guard found.isDamaged else {
                 found.orphans.append(device)
                 continue
             }
             let name = device.identifier.volume
             guard found.leftovers[name] == nil else { continue }
             found.leftovers[name] = Leftover(
-                deviceID: device.identifier.deviceID, document: nil, device: device, size: device.device.size,
+                deviceID: device.identifier.deviceID, document: nil, device: device, size: found.size(of: device),
                 problem: BackendError(code: EINVAL, message: "its document in the state folder is damaged"),
                 isAwaited: false)
         }
         return found
     }
 
-    /// - Parameter devices: by identifier; what belongs to a document is taken out.
-    private mutating func add(_ document: MappingDocument, _ devices: inout [String: AttachedDevice]) {
+    /// - Returns: why some were not seen, so that one that is missing is not known to be gone; nil when all were.
+    private mutating func look(
+        for devices: inout [String: AttachedDevice], _ store: MappingStore, _ root: String
+    ) -> BackendError? {
+        var unknown: BackendError?
+        do throws(SystemError) {
+            for device in try KernelDevice.all(root: root) {
+                do throws(SystemError) {
+                    guard let identifier = try device.identifier, store.made(identifier) else { continue }
+                    devices[identifier.description] = AttachedDevice(identifier: identifier, device: device)
+                } catch {
+                    unknown = BackendError(error)
+                    problems.append("whose device \(device.path) is cannot be found out: \(error)")
+                }
+            }
+        } catch {
+            unknown = BackendError(error)
+            problems.append("which devices the kernel has cannot be found out: \(error)")
+        }
+        return unknown
+    }
+
+    /// For people, until it is taken over.
+    private mutating func size(of attached: AttachedDevice) -> UInt64 {
+        do throws(SystemError) { return try attached.device.size } catch {
+            problems.append("\(error)")
+            return 0
+        }
+    }
+
+    /// - Parameters:
+    ///   - devices: by identifier; what belongs to a document is taken out.
+    ///   - unknown: why not all devices are among them; nil when they are.
+    private mutating func add(
+        _ document: MappingDocument, _ devices: inout [String: AttachedDevice], _ unknown: BackendError?
+    ) {
         var device: AttachedDevice?
         if let text = document.device?.identifier {
             guard DeviceIdentifier(text)?.volume == document.name else {
+                isDamaged = true
                 problems.append("the document of \(document.name) speaks of the device '\(text)', which is not its own")
                 return
             }
             device = devices.removeValue(forKey: text)
-            guard device != nil else {
+            guard device != nil || unknown != nil else {
                 gone.append(document)
                 return
             }
         }
         leftovers[document.name] = Leftover(
-            deviceID: document.deviceID, document: document, device: device, size: device?.device.size ?? 0)
+            deviceID: document.deviceID, document: document, device: device,
+            size: device.map { size(of: $0) } ?? 0)
     }
 }
 
@@ -88,6 +127,28 @@ extension VolumeManager {
 
     func leftover(_ name: String) -> Leftover? { state.withLock { $0.leftovers[name] } }
 
+    /// The same with its device, if that was not found before and the kernel has it.
+    func finding(_ leftover: Leftover, _ name: String) async throws(BackendError) -> Leftover {
+        guard leftover.device == nil,
+            let identifier = leftover.document?.device.flatMap({ DeviceIdentifier($0.identifier) })
+        else { return leftover }
+        var leftover = leftover
+        let found = try await blocking.run { () throws(BackendError) in
+            try Self.looking { () throws(SystemError) -> (device: KernelDevice, size: UInt64)? in
+                guard let device = try KernelDevice.find(identifier) else { return nil }
+                return (device, try device.size)
+            }
+        }
+        guard let found else { return leftover }
+        leftover.device = AttachedDevice(identifier: identifier, device: found.device)
+        leftover.size = found.size
+        state.withLock { state in
+            state.leftovers[name]?.device = leftover.device
+            state.leftovers[name]?.size = found.size
+        }
+        return leftover
+    }
+
     /// Remembers why it could not be taken over.
     /// - Returns: whether it is to be tried again.
     func note(_ error: BackendError, _ name: String) -> Bool {
@@ -97,7 +158,7 @@ extension VolumeManager {
             leftover.problem = error
             // A device stays until somebody unmaps it, so its volume is waited for; unless that is another one now.
             leftover.isAwaited =
-                leftover.device == nil
+                !leftover.isDevice
                 ? error.code == EBUSY || BringUp.isBecomingReady(error.code) : error.code != ESTALE
             state.leftovers[name] = leftover
             return (leftover.isAwaited, isNews)
@@ -114,10 +175,14 @@ extension VolumeManager {
     func mapLeftover(
         _ pool: any VolumePool, _ options: MapOptions, _ pending: PendingMap, _ name: String
     ) async throws(BackendError) -> MappedVolume? {
-        guard let leftover = leftover(name), leftover.isKept else { return nil }
-        guard let document = leftover.document else { throw notTakenOver(name, leftover) }
-        try Self.checkAgreement(
-            name, config: document.config, readOnly: document.readOnly, leftover.device, with: options)
+        guard let known = leftover(name), known.isKept else { return nil }
+        guard let document = known.document else { throw notTakenOver(name, known) }
+        let leftover = try await finding(known, name)
+        // One whose device has gone is forgotten, whatever it was.
+        if !leftover.isDevice || leftover.device != nil {
+            try Self.checkAgreement(
+                name, config: document.config, readOnly: document.readOnly, leftover.device, with: options)
+        }
         do throws(BackendError) {
             return try await takeOver(
                 leftover, document, pool, options.timing,
@@ -127,7 +192,7 @@ extension VolumeManager {
             if pending.reason == nil { _ = note(error, name) }
             guard let leftover = self.leftover(name), leftover.isKept else { return nil }
             // An export has nothing to lose, and why it is not there is the answer.
-            throw leftover.device == nil || pending.reason != nil ? error : notTakenOver(name, leftover)
+            throw !leftover.isDevice || pending.reason != nil ? error : notTakenOver(name, leftover)
         }
     }
 
@@ -137,7 +202,8 @@ extension VolumeManager {
     }
 
     private func notTakenOver(_ name: String, _ leftover: Leftover) -> BackendError {
-        let what = leftover.device.map { "its device \($0.device.path)" } ?? "its export"
+        let what =
+            leftover.device.map { "its device \($0.device.path)" } ?? (leftover.isDevice ? "its device" : "its export")
         let reason = leftover.problem.map { ": \($0.message)" } ?? ""
         return BackendError(
             code: EBUSY,
@@ -159,7 +225,9 @@ extension VolumeManager {
 
     /// Ends a mapping that was not taken over. What waits for the volume in the kernel fails.
     func unmapLeftover(_ name: String, force: Bool) async throws(BackendError) -> String? {
-        guard let leftover = leftover(name) else { throw notMapped(name) }
+        guard let known = leftover(name) else { throw notMapped(name) }
+        // One that is not found is gone; what cannot be found out is not given up.
+        let leftover = try await finding(known, name)
         var logger = logger
         logger[metadataKey: "volume"] = "\(name)"
         var warning: String?

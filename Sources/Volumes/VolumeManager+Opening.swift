@@ -17,6 +17,7 @@ extension VolumeManager {
         volumeLogger[metadataKey: "volume"] = "\(name)"
         do throws(BackendError) {
             try BringUp.check(opened.record, isProtected: opened.readOnly, readOnly: options.readOnly, name: name)
+            if settings.flushesFailSince != nil { opened.failFlushes() }
             return try await Volume.start(
                 name: name, opened: opened, settings: settings, slowIO: options.timing.slowIO,
                 maximumSessions: maximumConnections, logger: volumeLogger, report: report)

@@ -87,7 +87,7 @@ extension VolumeManager {
     /// disconnected; not even a new daemon could answer that I/O. So it is begun when the volume answers, and not before.
     func setSize(_ attached: AttachedDevice, _ volume: Volume) async throws(BackendError) {
         let size = volume.export.size
-        guard attached.device.size != size else { return }
+        guard try Self.looking({ () throws(SystemError) in try attached.device.size }) != size else { return }
         let (asked, late) = (monotonicNanoseconds(), Deadline(seconds: Self.answerTimeout))
         while await !volume.hasAnswered(allBefore: asked) {
             guard !late.passed else {

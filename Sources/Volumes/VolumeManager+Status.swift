@@ -28,7 +28,8 @@ extension VolumeManager {
             mapping: describe(mapping, status), counters: status.counters, inFlight: status.inFlight,
             heldBack: status.heldBack,
             readLatency: status.readLatency, writeLatency: status.writeLatency, flushLatency: status.flushLatency,
-            clients: status.clients, cluster: status.cluster, waits: status.cluster?.waits)
+            clients: status.clients, cluster: status.cluster, waits: status.cluster?.waits,
+            space: room(of: mapping.pool))
     }
 
     func describe(_ mapping: Mapping) async -> MappedVolume {
@@ -43,7 +44,8 @@ extension VolumeManager {
             protocolName: mapping.volume.opened.protocolName,
             uri: uri(mapping.volume.name),
             limits: mapping.settings.limits, state: status?.state ?? .normal,
-            health: status?.health ?? .failed, healthSince: status?.healthSince ?? 0, since: status?.since ?? 0,
+            health: status?.health ?? .failed, healthSince: status?.healthSince ?? 0,
+            flushesFailSince: status?.flushesFailSince, since: status?.since ?? 0,
             connections: status?.connections ?? 0)
     }
 
@@ -59,12 +61,14 @@ extension VolumeManager {
             device: leftover.device?.name, configPath: document.config, readOnly: document.readOnly,
             protocolName: "-", uri: uri(document.name), limits: settings.limits, state: settings.gate,
             health: leftover.isAwaited ? .reconnecting : .failed, healthSince: leftover.since,
+            flushesFailSince: settings.flushesFailSince,
             since: settings.gateSince, connections: 0)
         return VolumeStatus(
             mapping: mapped, counters: VolumeCounters(), inFlight: 0, heldBack: HeldBack(), readLatency: nothing,
             writeLatency: nothing, flushLatency: nothing, clients: [], cluster: nil,
             waits: "not taken over from the daemon before"
-                + "\(leftover.isAwaited ? " yet" : "")\(leftover.problem.map { ": \($0.message)" } ?? "")")
+                + "\(leftover.isAwaited ? " yet" : "")\(leftover.problem.map { ": \($0.message)" } ?? "")",
+            space: nil)
     }
 
     private func uri(_ name: String) -> String { "nbd+unix:///\(name)?socket=\(Self.encoded(nbdSocketPath))" }

@@ -21,7 +21,26 @@ extension VolumeManager {
         if settings.gate != .normal { document.gate = .init(state: settings.gate, since: settings.gateSince) }
         if settings.limits != .none { document.limits = settings.limits }
         let saved = document
-        try await blocking.run { () throws(BackendError) in try store.save(saved) }
+        try await blocking.run { () throws(BackendError) in
+            var document = saved
+            // It may have come to be while this waited for the thread.
+            document.flushesFailSince = volume.flushesFailSince
+            try store.save(document)
+        }
+    }
+
+    /// Not one after the other with the volume's commands: those may wait for the flush that waits for this.
+    func write(flushesFailSince since: Int64, _ pool: String, _ volume: String) async {
+        guard let store else { return }
+        do throws(BackendError) {
+            try await blocking.run { () throws(BackendError) in
+                try store.change(pool: pool, volume: volume) { $0.flushesFailSince = since }
+            }
+        } catch {
+            logger.error(
+                "that flushes fail is not written down, and the next daemon will not know of it: \(error.message)",
+                metadata: ["volume": "\(pool)/\(volume)"])
+        }
     }
 
     func forget(_ volume: Volume) async { await forget(volume.name, volume.logger) }
@@ -43,9 +62,10 @@ extension VolumeManager {
     /// Takes over the mappings an earlier daemon left, side by side. Returns when each was tried once, or after
     /// `patience` seconds; what has not come by then is tried again until it does or is unmapped, and known to `map`,
     /// `list` and `info` meanwhile.
-    package func restore(patience: UInt64 = 5, _ resolve: @escaping Resolve) async {
+    /// - Throws: when the state folder cannot be read; nothing was done then.
+    package func restore(patience: UInt64 = 5, _ resolve: @escaping Resolve) async throws(BackendError) {
         guard let store else { return }
-        let found = await BlockingThread.always(on: blocking) { Leftovers.find(store) }
+        let found = try await blocking.run { () throws(BackendError) in try Leftovers.find(store) }
         for text in found.problems { logger.error("\(text)") }
         state.withLock { $0.leftovers = found.leftovers }
         for document in found.gone { await forgetGone(document) }
@@ -90,15 +110,15 @@ extension VolumeManager {
         _ leftover: Leftover, _ document: MappingDocument, _ pool: any VolumePool, _ timing: VolumeTiming,
         _ bringUp: BringUp, _ name: String, _ pending: PendingMap?
     ) async throws(BackendError) -> MappedVolume? {
-        if let attached = leftover.device {
-            let isThere = await blocking.run { attached.device.backend == attached.identifier.description }
-            guard isThere else {
+        let leftover = try await finding(leftover, name)
+        if leftover.isDevice {
+            guard let attached = leftover.device, try await isConnected(attached) else {
                 await forgetGone(document)
                 return nil
             }
         }
         let options = MapOptions(
-            target: leftover.device == nil ? .export : .device(wanted: document.device?.wanted),
+            target: !leftover.isDevice ? .export : .device(wanted: document.device?.wanted),
             readOnly: document.readOnly, configPath: document.config, timing: timing)
         let settings = VolumeSettings(document)
         let volume = try await serve(
@@ -116,7 +136,7 @@ extension VolumeManager {
             }
             guard !isStopping else { throw BackendError(code: ESHUTDOWN, message: "qbdd is stopping") }
             if let attached = leftover.device {
-                let size = attached.device.size
+                let size = try Self.looking { () throws(SystemError) in try attached.device.size }
                 // Smaller when a daemon ended while the volume grew; it gets the rest with its connections.
                 guard size > 0, size <= record.size else {
                     throw BackendError(
@@ -137,7 +157,9 @@ extension VolumeManager {
     private func forgetGone(_ document: MappingDocument) async {
         logger.notice("its device is gone; forgotten", metadata: ["volume": "\(document.name)"])
         if let identifier = document.device.flatMap({ DeviceIdentifier($0.identifier) }) {
-            await blocking.run { DeviceNames().remove(identifier) }
+            for remark in await blocking.run({ DeviceNames().remove(identifier) }) {
+                logger.warning("\(remark)", metadata: ["volume": "\(document.name)"])
+            }
         }
         await forget(document.name, logger)
     }

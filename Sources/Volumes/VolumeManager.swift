@@ -39,6 +39,32 @@ package struct MapOptions: Sendable {
     }
 }
 
+/// A socket's file, as it was when it was made here.
+struct SocketFile: Sendable {
+    private let path: String
+    private let device: dev_t
+    private let inode: ino_t
+
+    init(path: String) throws(BackendError) {
+        var status = stat()
+        do throws(SystemError) { try retrying("look at \(path)") { lstat(path, &status) } } catch {
+            throw BackendError(error)
+        }
+        self.path = path
+        (device, inode) = (status.st_dev, status.st_ino)
+    }
+
+    /// What somebody else has put there, or what cannot be told, stays.
+    func remove(_ logger: Logger) {
+        var status = stat()
+        guard lstat(path, &status) == 0 else {
+            if errno != ENOENT { logger.warning("\(path) is left: \(errnoText(errno))") }
+            return
+        }
+        if status.st_dev == device, status.st_ino == inode { unlink(path) }
+    }
+}
+
 /// How long things may take.
 package struct VolumeTiming: Sendable {
     /// Milliseconds from which on a request counts as slow.
@@ -81,11 +107,15 @@ package final class VolumeManager: Sendable {
         /// Made with the first device.
         var watcher: KernelEventWatcher?
         var stopping = false
+        /// What is known of the room in the pools of mappings.
+        var rooms: [ObjectIdentifier: PoolWatch] = [:]
+        /// Looks after them from the first mapping on.
+        var roomsAreWatched = false
         /// Pools being tidied; true when that is to be done once more.
         var tidying: [ObjectIdentifier: Bool] = [:]
         var shutdown: Task<Void, Never>?
-        /// The Unix socket was made here.
-        var ownsSocket = false
+        /// The Unix socket that was made here.
+        var socket: SocketFile?
     }
 
     let nbdSocketPath: String
@@ -126,7 +156,8 @@ package final class VolumeManager: Sendable {
     package func start() async throws(BackendError) {
         let path = nbdSocketPath
         try await listen(isTCP: false) { () throws(SystemError) in try ListeningSocket.unix(path: path) }
-        state.withLock { $0.ownsSocket = true }
+        let file = try SocketFile(path: path)
+        state.withLock { $0.socket = file }
     }
 
     /// Opens a socket for NBD clients over TCP.
@@ -187,10 +218,13 @@ package final class VolumeManager: Sendable {
         return record
     }
 
-    package func delete(_ pool: any VolumePool, volume: String, snapshots: Bool = false) async throws(BackendError) {
+    /// - Parameter force: also what is damaged and may still have good data.
+    package func delete(
+        _ pool: any VolumePool, volume: String, snapshots: Bool = false, force: Bool = false
+    ) async throws(BackendError) {
         let name = "\(pool.name)/\(volume)"
         try await changeUnmapped(pool, name) { () throws(BackendError) in
-            try pool.delete(volume: volume, snapshots: snapshots)
+            try pool.delete(volume: volume, snapshots: snapshots, force: force)
         }
         logger.info("deleted", metadata: ["volume": "\(name)"])
         tidy(pool)
@@ -209,8 +243,10 @@ package final class VolumeManager: Sendable {
         }
     }
 
-    package func volumes(_ pool: any VolumePool) async throws(BackendError) -> [VolumeRecord] {
-        try await Aside.run { () throws(BackendError) in try pool.list() }
+    package func contents(_ pool: any VolumePool) async throws(BackendError) -> PoolContents {
+        try await Aside.run { () throws(BackendError) in
+            PoolContents(volumes: try pool.list(), damaged: try pool.damaged(), space: try pool.space())
+        }
     }
 
     // MARK: Mapping
@@ -244,13 +280,22 @@ package final class VolumeManager: Sendable {
         }
     }
 
-    /// A connection with the kernel that ends by itself leaves its device waiting for another.
+    /// A connection with the kernel that ends by itself leaves its device waiting for another, and that flushes fail is
+    /// written down.
     func handle(_ event: SessionEvent, _ pool: String, _ volume: String) {
-        guard case .kernelConnectionLost = event else { return }
-        Task {
-            do throws(BackendError) { try await replaceLostConnections(pool: pool, volume: volume) } catch {
-                logger.error("not connected again: \(error.message)", metadata: ["volume": "\(pool)/\(volume)"])
-                mapping("\(pool)/\(volume)")?.volume.giveUpConnecting()
+        switch event {
+        case .sessions: break
+        case .flushesFail(let since, let written):
+            Task {
+                await write(flushesFailSince: since, pool, volume)
+                written()
+            }
+        case .kernelConnectionLost:
+            Task {
+                do throws(BackendError) { try await replaceLostConnections(pool: pool, volume: volume) } catch {
+                    logger.error("not connected again: \(error.message)", metadata: ["volume": "\(pool)/\(volume)"])
+                    mapping("\(pool)/\(volume)")?.volume.giveUpConnecting()
+                }
             }
         }
     }
@@ -259,7 +304,7 @@ package final class VolumeManager: Sendable {
         _ pool: any VolumePool, _ volume: String, _ options: MapOptions, _ name: String, _ pending: PendingMap?,
         report: @escaping @Sendable (SessionEvent) -> Void
     ) async throws(BackendError) -> MappedVolume {
-        let others = await numbersOfOthers(options.target)
+        let others = try await numbersOfOthers(options.target)
         guard let deviceID = reserveDeviceID(options.deviceID, except: others, for: name) else {
             throw BackendError(code: ESHUTDOWN, message: "\(name) is not mapped: qbdd is stopping")
         }
@@ -292,6 +337,7 @@ package final class VolumeManager: Sendable {
             state.leftovers[mapping.volume.name] = nil
         }
         if mapping.device != nil { await watchDevices() }
+        watchRoom(of: mapping.pool)
         // What is a device has one user, the kernel, with a cache of its own.
         if mapping.device == nil { registry.add(mapping.volume) }
         let opened = mapping.volume.opened
@@ -373,7 +419,11 @@ package final class VolumeManager: Sendable {
         let name = "\(pool.name)/\(volume)"
         let (gone, continuation) = AsyncStream.makeStream(of: Void.self)
         _ = try await open(pool, volume, options, name, nil) { event in
-            if case .sessions(0) = event { continuation.yield() }
+            switch event {
+            case .sessions(0): continuation.yield()
+            case .flushesFail(_, let written): written()
+            default: break
+            }
         }
         registry.setDefault(name)
         registry.observe { continuation.yield() }
@@ -407,11 +457,11 @@ package final class VolumeManager: Sendable {
     }
 
     private func close() async {
-        let (names, listeners, watcher, ownsSocket) = state.withLock { state in
+        let (names, listeners, watcher, socket) = state.withLock { state in
             state.stopping = true
             defer { (state.listeners, state.watcher) = ([], nil) }
             let names = Set(state.mappings.keys).union(state.leftovers.keys).sorted()
-            return (names, state.listeners, state.watcher, state.ownsSocket)
+            return (names, state.listeners, state.watcher, state.socket)
         }
         _ = await listenerLoop.call {
             for listener in listeners { listener.close() }
@@ -436,7 +486,7 @@ package final class VolumeManager: Sendable {
             }
         }
         // A socket that was handed to the process belongs to whoever made it.
-        if ownsSocket { unlink(nbdSocketPath) }
+        socket?.remove(logger)
         listenerLoop.stop()
     }
 }

@@ -36,12 +36,22 @@ package struct MappedVolume: Sendable {
     package let health: HealthState
     /// Seconds since 1970 when that was entered.
     package let healthSince: Int64
+    /// Seconds since 1970 from when on every flush fails; nil while they do not.
+    package let flushesFailSince: Int64?
     /// Seconds since 1970 when the state was entered.
     package let since: Int64
     /// NBD clients connected.
     package let connections: Int
 
     package var name: String { "\(pool)/\(record.volume)" }
+}
+
+/// What is in a pool.
+package struct PoolContents: Sendable {
+    package let volumes: [VolumeRecord]
+    package let damaged: [DamagedVolume]
+    /// Nil where that is not known.
+    package let space: PoolSpace?
 }
 
 /// A mapping, as `info` shows it.
@@ -60,4 +70,6 @@ package struct VolumeStatus: Sendable {
     package let cluster: ClusterReport?
     /// Why I/O waits for its store, in one sentence; nil when it does not.
     package let waits: String?
+    /// What its pool lies on, as it was lately; nil where that is not known.
+    package let space: PoolSpace?
 }

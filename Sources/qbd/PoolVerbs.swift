@@ -53,13 +53,16 @@ struct Delete: VerbCommand {
     var volume: String
     @Flag(help: "Delete its snapshots too.")
     var snapshots = false
+    @Flag(help: "Also when it is damaged: what may still be good of its data goes with it.")
+    var force = false
     @OptionGroup var config: ConfigOption
     @OptionGroup var common: CommonOptions
 
     func perform() async throws {
         let name = try Name.volume(volume, for: .delete)
         let config = try config.path(for: .delete)
-        let done = try await common.ask(DeleteRequest(volume: volume, config: config, snapshots: snapshots))
+        let done = try await common.ask(
+            DeleteRequest(volume: volume, config: config, snapshots: snapshots, force: force))
         if common.verbose { Output.complain("deleted \(name)") }
         try Output.answer(.delete, done, asJSON: common.json) { _ in "" }
     }
@@ -71,7 +74,8 @@ struct Volumes: VerbCommand {
         usage: Verb.volumes.usageText,
         discussion: """
             A header and one line a volume, fields separated by blanks, none empty: vol_id volume size block_size \
-            created. Sizes are bytes.
+            created. Sizes are bytes. What is damaged is named on standard error, with the reason; with --json its \
+            numbers are 0, and "damaged" is the reason.
             """)
 
     @Argument(help: ArgumentHelp("Without it: every pool.", valueName: "pool"), completion: Names.pools)
@@ -83,7 +87,10 @@ struct Volumes: VerbCommand {
         if let pool { try Name.checkPool(pool, for: .volumes) }
         let config = try config.path(for: .volumes)
         let answer = try await common.ask(VolumesRequest(pool: pool, config: config))
-        try Output.answer(.volumes, answer.volumes, asJSON: common.json) { VolumeTable.text($0) }
+        try Output.answer(.volumes, common.json ? answer.rows : answer.volumes, asJSON: common.json) {
+            VolumeTable.text($0)
+        }
+        for remark in answer.remarks { Output.complain("qbd: \(remark)") }
         // One pool that cannot be listed does not hide the others; the last one's errno is the exit status.
         for problem in answer.problems.dropLast() { Output.complain(problem.error.line(for: .volumes)) }
         if let last = answer.problems.last { throw Failure(.volumes, last.error) }

@@ -34,7 +34,8 @@ extension MappingRecord {
             health: mapped.health.rawValue,
             healthSince: mapped.healthSince,
             size: mapped.record.size, blockSize: mapped.record.blockSize, transport: mapped.protocolName,
-            readOnly: mapped.readOnly, uri: mapped.uri, connections: mapped.connections)
+            readOnly: mapped.readOnly, uri: mapped.uri, connections: mapped.connections,
+            flushesFailSince: mapped.flushesFailSince)
     }
 }
 
@@ -93,7 +94,7 @@ extension MappingStatus {
                     address: $0.address, state: $0.state.rawValue, connections: $0.connections, inFlight: $0.requests,
                     trouble: $0.trouble)
             },
-            waits: status.waits)
+            waits: status.waits, room: status.space.map { PoolRoom($0, of: status.mapping.pool) })
     }
 }
 
@@ -102,6 +103,12 @@ extension MappingStatus.Percentiles {
         self.init(
             count: summary.count, p50: summary.p50, p90: summary.p90, p99: summary.p99, p999: summary.p999,
             max: summary.maximum)
+    }
+}
+
+extension PoolRoom {
+    init(_ space: PoolSpace, of pool: String) {
+        self.init(pool: pool, total: space.total, free: space.free, nearlyFull: space.isNearlyFull)
     }
 }
 

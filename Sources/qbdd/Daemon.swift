@@ -22,16 +22,22 @@ enum Daemon {
             throw error.advising("--socket")
         }
         let manager = try await makeManager(options, configuration, logger)
-        await manager.restore { (pool, config) throws(BackendError) in
-            do throws(ControlError) {
-                let configuration = try await pools.configuration(config, for: .daemon)
-                return (
-                    try await pools.pool(pool, of: configuration, config, transport: .tcp),
-                    VolumeTiming(configuration.client)
-                )
-            } catch {
-                throw BackendError(code: error.code, message: error.message)
+        do throws(BackendError) {
+            try await manager.restore { (pool, config) throws(BackendError) in
+                do throws(ControlError) {
+                    let configuration = try await pools.configuration(config, for: .daemon)
+                    return (
+                        try await pools.pool(pool, of: configuration, config, transport: .tcp),
+                        VolumeTiming(configuration.client)
+                    )
+                } catch {
+                    throw BackendError(code: error.code, message: error.message)
+                }
             }
+        } catch {
+            // The devices of another daemon wait for one that can read what it left.
+            await manager.shutdown()
+            throw ControlError(error)
         }
         let listening = try await listen(manager, configuration, options, logger)
         defer { listening?.cancel() }

@@ -178,7 +178,8 @@ extension DaemonService {
         let pool = try await pools.pool(
             name.pool, try ConfigPath.validate(request.config), transport: name.transport, for: caller)
         do throws(BackendError) {
-            try await manager.delete(pool, volume: name.volume, snapshots: request.snapshots)
+            try await manager.delete(
+                pool, volume: name.volume, snapshots: request.snapshots, force: request.force)
         } catch {
             throw failed("delete", name, error)
         }
@@ -189,7 +190,9 @@ extension DaemonService {
         let config = try ConfigPath.validate(request.config)
         let configuration = try await pools.configuration(config, for: caller)
         if let pool = request.pool {
-            return .init(volumes: try await volumes(of: pool, configuration, config), problems: [])
+            var answer = VolumesRequest.Answer(volumes: [], problems: [])
+            try await add(pool, configuration, config, to: &answer)
+            return answer
         }
         var answer = VolumesRequest.Answer(volumes: [], problems: [])
         var names = Set(configuration.pools.keys)
@@ -205,7 +208,7 @@ extension DaemonService {
         }
         for pool in names.sorted() {
             do throws(ControlError) {
-                answer.volumes += try await volumes(of: pool, configuration, config)
+                try await add(pool, configuration, config, to: &answer)
             } catch {
                 answer.problems.append(PoolProblem(pool: pool, error: error))
             }
@@ -213,12 +216,17 @@ extension DaemonService {
         return answer
     }
 
-    private func volumes(
-        of name: String, _ configuration: DaemonConfiguration, _ path: String
-    ) async throws(ControlError) -> [PoolVolume] {
+    private func add(
+        _ name: String, _ configuration: DaemonConfiguration, _ path: String, to answer: inout VolumesRequest.Answer
+    ) async throws(ControlError) {
         let pool = try await pools.pool(name, of: configuration, path)
         do throws(BackendError) {
-            return try await manager.volumes(pool).map { PoolVolume($0, inPool: pool.name) }
+            let contents = try await manager.contents(pool)
+            answer.volumes += contents.volumes.map { PoolVolume($0, inPool: pool.name) }
+            answer.damaged += contents.damaged.map {
+                DamagedPoolVolume(volume: "\(pool.name)/\($0.volume)", reason: $0.reason)
+            }
+            if let space = contents.space { answer.spaces.append(PoolRoom(space, of: pool.name)) }
         } catch {
             throw ControlError(error)
         }

@@ -46,6 +46,46 @@ struct TextTests {
                 """)
     }
 
+    @Test("damaged volumes and pools without room are said beside the others")
+    func damagedVolumes() throws {
+        let volume = PoolVolume(volume: "p/b", id: 1, size: 512, blockSize: 512, created: 1)
+        var answer = VolumesRequest.Answer(volumes: [volume], problems: [])
+        #expect(answer.rows == [volume])
+        #expect(answer.remarks == [])
+        answer.damaged = [.init(volume: "p/a", reason: "its description \u{1b}[2J is empty")]
+        answer.spaces = [
+            .init(pool: "p", total: 100 << 30, free: 1 << 30, nearlyFull: true),
+            .init(pool: "q", total: 100 << 30, free: 99 << 30, nearlyFull: false),
+        ]
+        #expect(
+            answer.remarks == [
+                "p/a is damaged: its description \\u{1b}[2J is empty",
+                "the pool p is nearly full: 1.00 GiB (1073741824 B) of 100.00 GiB (107374182400 B) are free;"
+                    + " delete volumes or snapshots, or make room otherwise",
+            ])
+        #expect(answer.rows.map(\.volume) == ["p/a", "p/b"])
+        #expect(answer.rows.map { $0.damaged != nil } == [true, false])
+        #expect(answer.rows.allSatisfy { $0.poolNearlyFull == true })
+        #expect(VolumeTable.text(answer.volumes).split(separator: "\n").count == 2, "the table has what can be used")
+    }
+
+    @Test("info says that flushes fail and that the pool fills up")
+    func trouble() {
+        var mapping = mapping
+        mapping.flushesFailSince = 1_700_000_000
+        let none = MappingStatus.Percentiles(count: 0, p50: 0, p90: 0, p99: 0, p999: 0, max: 0)
+        let status = MappingStatus(
+            mapping: mapping,
+            counters: .init(
+                reads: 0, writes: 0, flushes: 0, trims: 0, readBytes: 0, writtenBytes: 0, errors: 0, slow: 0,
+                inFlight: 0),
+            heldBack: .init(requests: 0, oldest: 0), latency: .init(reads: none, writes: none, flushes: none),
+            room: .init(pool: "p", total: 2048, free: 1024, nearlyFull: true))
+        let text = StatusText.text(status)
+        #expect(text.contains("flushes fail:  since 2023-11-14T22:13:20Z: what was acknowledged may be lost"))
+        #expect(text.contains("NEARLY FULL"))
+    }
+
     @Test("info names everything, aligned")
     func info() {
         let none = MappingStatus.Percentiles(count: 0, p50: 0, p90: 0, p99: 0, p999: 0, max: 0)

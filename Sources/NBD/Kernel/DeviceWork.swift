@@ -85,7 +85,7 @@ package enum DeviceWork: Sendable, Equatable {
             }
         case .setResendInterval(let interval): settings.setResendInterval(interval).forEach(remark)
         case .grow(let size):
-            guard device.size != size else { break }
+            guard try Self.naming({ () throws(SystemError) in try device.size }) != size else { break }
             var reconfigure = KernelReconfigure(index: device.index, identifier: identifier.description)
             reconfigure.size = size
             try KernelDevices(root: device.root).reconfigure(reconfigure)
@@ -107,17 +107,19 @@ package enum DeviceWork: Sendable, Equatable {
         let deadline = Deadline(seconds: claimTimeout)
         while true {
             do throws(SystemError) { return try DeviceClaim(device) } catch {
-                guard error.code == EBUSY, !deadline.passed, DeviceUsers(device).hasWorker else { throw error }
+                guard error.code == EBUSY, !deadline.passed, try DeviceUsers(device).hasWorker else { throw error }
                 pause(5_000_000)
             }
         }
     }
 
     private static func wait(for size: UInt64, _ device: KernelDevice) throws(KernelDeviceError) {
-        guard device.wait(sizeTimeout, until: { $0.size == size }) else {
-            throw KernelDeviceError(
-                code: ETIMEDOUT,
-                "\(device.path) has \(device.size) bytes after \(Int(sizeTimeout)) s instead of \(size)")
+        try naming { () throws(SystemError) in
+            let isThere = try device.wait(sizeTimeout) { (device) throws(SystemError) in try device.size == size }
+            guard !isThere else { return }
+            throw SystemError(
+                code: ETIMEDOUT, operation: "wait for \(device.path) to have \(size) bytes",
+                reason: "it has \(try device.size) after \(Int(sizeTimeout)) s")
         }
     }
 

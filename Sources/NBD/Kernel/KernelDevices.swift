@@ -52,16 +52,23 @@ package struct KernelDevices: Sendable {
         }
         // The kernel leaves the answer out when it has no memory for it; the device is there all the same.
         if let index = connect.index { return index }
-        if let device = KernelDevice.all(root: root).first(where: { $0.backend == connect.identifier }) {
-            return device.index
+        if let identifier = DeviceIdentifier(connect.identifier) {
+            do throws(SystemError) {
+                if let device = try KernelDevice.find(identifier, root: root) { return device.index }
+            } catch { throw KernelDeviceError(error) }
         }
         throw KernelDeviceError(code: EPROTO, "the kernel connected a device and did not say which")
     }
 
     private func checkBackend(_ index: UInt32, _ identifier: String) throws(KernelDeviceError) {
         let device = KernelDevice(index: index, root: root)
-        if device.backend == identifier { return }
+        var unknown: SystemError?
+        do throws(SystemError) {
+            if try device.backend == identifier { return }
+        } catch { unknown = error }
+        // The kernel said that it is the one just made.
         _ = try perform(.disconnect(index: index), "disconnect \(device.path)")
+        if let unknown { throw KernelDeviceError(unknown) }
         throw KernelDeviceError(
             code: EOPNOTSUPP,
             "this kernel (\(kernelRelease())) does not remember whose a device is (\(device.folder)/backend is missing),"
@@ -90,7 +97,8 @@ package struct KernelDevices: Sendable {
     }
 
     private func check(_ device: KernelDevice, _ identifier: String) throws(KernelDeviceError) {
-        let backend = device.backend
+        let backend: String?
+        do throws(SystemError) { backend = try device.backend } catch { throw KernelDeviceError(error) }
         if backend == identifier { return }
         let found = backend.map { "its backend is '\($0)'" } ?? "it is not connected, or not with a backend"
         throw KernelDeviceError(code: ENODEV, "\(device.path) is not ours to change: \(found), not '\(identifier)'")
@@ -182,10 +190,12 @@ package struct Deadline: Sendable {
 
     /// Asks for a condition in short steps until it holds; false when the deadline passed before. For what the kernel
     /// tells nobody about, such as the files of sysfs.
-    func poll(every interval: UInt64 = 5_000_000, _ condition: () -> Bool) -> Bool {
+    func poll<Failure: Error>(
+        every interval: UInt64 = 5_000_000, _ condition: () throws(Failure) -> Bool
+    ) throws(Failure) -> Bool {
         while true {
-            if condition() { return true }
-            if passed { return condition() }
+            if try condition() { return true }
+            if passed { return try condition() }
             pause(interval)
         }
     }

@@ -23,13 +23,16 @@ package struct KernelDriver: Sendable {
     }
 
     /// Whether the driver is loaded or built in.
-    package var isLoaded: Bool { TextFile.exists("\(root)/sys/module/nbd") }
+    package var isLoaded: Bool { get throws(SystemError) { try TextFile.exists("\(root)/sys/module/nbd") } }
 
     /// Loads the driver when it is missing. ENODEV, with what is missing and what to do, when it cannot be.
     package func load() throws(KernelDeviceError) {
-        if isLoaded { return }
-        let reason = runModprobe()
-        if isLoaded { return }
+        let reason: String
+        do throws(SystemError) {
+            if try isLoaded { return }
+            reason = runModprobe()
+            if try isLoaded { return }
+        } catch { throw KernelDeviceError(error) }
         throw KernelDeviceError(code: ENODEV, "this kernel (\(kernelRelease())) has no nbd driver: \(reason)")
     }
 

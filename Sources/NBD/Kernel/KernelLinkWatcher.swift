@@ -36,7 +36,9 @@ package final class KernelLinkWatcher: EventSource {
             if let group = controller.groups[GenericNetlink.controllerGroup] { try socket.join(group: group) }
         } catch { throw KernelDeviceError(error) }
         // Only asked for when it is there: the question alone would load the module.
-        if KernelDriver().isLoaded { join(try KernelDevices.family(KernelNBD.NBD_GENL_FAMILY_NAME, &asking)) }
+        let isLoaded: Bool
+        do throws(SystemError) { isLoaded = try KernelDriver().isLoaded } catch { throw KernelDeviceError(error) }
+        if isLoaded { join(try KernelDevices.family(KernelNBD.NBD_GENL_FAMILY_NAME, &asking)) }
         do throws(SystemError) {
             token = try loop.add(socket.descriptor, events: EPOLLIN.rawValue, source: self)
         } catch { throw KernelDeviceError(error) }

@@ -43,15 +43,18 @@ package enum MemoryPressure {
         var unlimited = rlimit(rlim_cur: rlim_t.max, rlim_max: rlim_t.max)
         let raised = setrlimit(__rlimit_resource_t(__RLIMIT_MEMLOCK.rawValue), &unlimited) == 0
         // With a limit, mapping memory would fail once it is used up, which is worse than not to lock.
-        guard raised || capabilities() & CAP_IPC_LOCK != 0 else {
-            return "RLIMIT_MEMLOCK cannot be raised (needs CAP_SYS_RESOURCE or CAP_IPC_LOCK)"
-        }
+        do throws(SystemError) {
+            let mayLock = try capabilities() & CAP_IPC_LOCK != 0
+            guard raised || mayLock else {
+                return "RLIMIT_MEMLOCK cannot be raised (needs CAP_SYS_RESOURCE or CAP_IPC_LOCK)"
+            }
+        } catch { return "\(error)" }
         guard mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT) == 0 else { return "mlockall: \(errnoText(errno))" }
         return nil
     }
 
-    private static func capabilities() -> UInt64 {
-        let lines = TextFile.read("/proc/self/status")?.split(separator: "\n") ?? []
+    private static func capabilities() throws(SystemError) -> UInt64 {
+        let lines = try TextFile.read("/proc/self/status")?.split(separator: "\n") ?? []
         guard let line = lines.first(where: { $0.hasPrefix("CapEff:") }) else { return 0 }
         return UInt64(line.dropFirst(7).drop { $0 == "\t" || $0 == " " }, radix: 16) ?? 0
     }

@@ -19,7 +19,11 @@ package struct QueueSettings: Sendable {
         // The volume orders and merges by itself, and a queue in front of it only costs.
         var problems = set("scheduler", "none")
         problems += set("rotational", "0")
-        if let limit = TextFile.readLine("\(folder)/max_hw_sectors_kb") { problems += set("max_sectors_kb", limit) }
+        do throws(SystemError) {
+            if let limit = try TextFile.readLine("\(folder)/max_hw_sectors_kb") {
+                problems += set("max_sectors_kb", limit)
+            }
+        } catch { problems.append("\(device.path): \(error)") }
         if let resendInterval { problems += setResendInterval(resendInterval) }
         return problems
     }
@@ -35,10 +39,10 @@ package struct QueueSettings: Sendable {
     }
 
     private func set(_ name: String, _ value: String) -> [String] {
-        let now = TextFile.readLine("\(folder)/\(name)")
-        // Of the schedulers there are, the one in use stands in brackets.
-        if now == value || now?.contains("[\(value)]") == true { return [] }
         do throws(SystemError) {
+            let now = try TextFile.readLine("\(folder)/\(name)")
+            // Of the schedulers there are, the one in use stands in brackets.
+            if now == value || now?.contains("[\(value)]") == true { return [] }
             try TextFile.write(value, to: "\(folder)/\(name)")
             return []
         } catch { return ["\(device.path): \(error)"] }
@@ -62,7 +66,7 @@ package struct QueueSettings: Sendable {
 
     /// Makes the device read-only, or writable, for everybody in this host.
     package func setReadOnly(_ readOnly: Bool) throws(SystemError) {
-        if device.isReadOnly == readOnly { return }
+        if try device.isReadOnly == readOnly { return }
         let descriptor = try open()
         defer { close(descriptor) }
         try retrying("make \(device.path) \(readOnly ? "read-only" : "writable")") {

@@ -8,6 +8,15 @@ final class FakeRoot {
     init() throws {
         var template = Array("/tmp/qbd-root-XXXXXX".utf8CString)
         path = try #require(mkdtemp(&template).map { String(cString: $0) })
+        // What is always there.
+        folder("/sys/block")
+        write("/proc/self/mountinfo", "")
+    }
+
+    /// In place of a file: what cannot be read, and is there. (EISDIR; that of a folder is ENOTDIR.)
+    func spoil(_ name: String) {
+        delete(name)
+        folder(name)
     }
 
     deinit { remove(path) }

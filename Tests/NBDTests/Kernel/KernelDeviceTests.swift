@@ -1,3 +1,4 @@
+import EventLoop
 import Glibc
 import NBD
 import Testing
@@ -13,21 +14,28 @@ import Testing
         root.folder("/sys/block/nbd3/mq/0")
         root.folder("/sys/block/nbd3/mq/1")
         let device = KernelDevice(index: 3, root: root.path)
-        #expect(device.exists && device.isConnected && !device.isReadOnly)
-        #expect(device.size == 1 << 20)
-        #expect(device.identifier == identifier)
-        #expect(device.inFlight.reads == 2 && device.inFlight.writes == 5)
-        #expect(device.partitions == ["nbd3p1", "nbd3p2", "nbd3p10"])
-        #expect(device.holders == ["dm-4"])
-        #expect(device.queues == 2)
-        #expect(!device.isFree)
+        #expect(try device.exists)
+        #expect(try device.isConnected)
+        #expect(try !device.isReadOnly)
+        #expect(try device.size == 1 << 20)
+        #expect(try device.identifier == identifier)
+        let inFlight = try device.inFlight
+        #expect(inFlight.reads == 2 && inFlight.writes == 5)
+        #expect(try device.partitions == ["nbd3p1", "nbd3p2", "nbd3p10"])
+        #expect(try device.holders == ["dm-4"])
+        #expect(try device.queues == 2)
+        #expect(try !device.isFree)
     }
 
     @Test func aDeviceThatIsNotThereIsNothing() throws {
         let root = try FakeRoot()
         let device = KernelDevice(index: 0, root: root.path)
-        #expect(!device.exists && !device.isConnected && device.size == 0 && device.backend == nil)
-        #expect(device.partitions == [] && device.holders == [])
+        #expect(try !device.exists)
+        #expect(try !device.isConnected)
+        #expect(try device.size == 0)
+        #expect(try device.backend == nil)
+        #expect(try device.partitions == [])
+        #expect(try device.holders == [])
     }
 
     @Test func nonsenseInSysfsIsNotBelieved() throws {
@@ -35,9 +43,67 @@ import Testing
         root.device(0, backend: "", sectors: .max)
         root.write("/sys/block/nbd0/inflight", "x\n")
         let device = KernelDevice(index: 0, root: root.path)
-        #expect(device.size == 0)
-        #expect(device.backend == nil)
-        #expect(device.inFlight.reads == 0)
+        #expect(throws: SystemError.self) { try device.size }
+        #expect(try device.backend == nil)
+        #expect(throws: SystemError.self) { try device.inFlight }
+    }
+
+    /// What cannot be read is neither "no" nor 0.
+    @Test func whatCannotBeReadIsAnErrorAndNotAbsence() throws {
+        let root = try FakeRoot()
+        let device = KernelDevice(index: 0, root: root.path)
+        for file in ["size", "backend", "ro", "inflight"] {
+            root.device(0, backend: identifier.description)
+            root.spoil("/sys/block/nbd0/\(file)")
+            let error = #expect(throws: SystemError.self, "\(file)") {
+                _ = try (device.size, device.backend, device.isReadOnly, device.inFlight)
+            }
+            #expect(error?.code == EISDIR)
+            #expect(error?.description.contains("/sys/block/nbd0/\(file)") == true, "it says what")
+            root.delete("/sys/block/nbd0")
+        }
+        for folder in ["holders", "mq"] {
+            root.device(0)
+            root.delete("/sys/block/nbd0/\(folder)")
+            root.write("/sys/block/nbd0/\(folder)", "")
+            let error = #expect(throws: SystemError.self, "\(folder)") { _ = try (device.holders, device.queues) }
+            #expect(error?.code == ENOTDIR)
+            root.delete("/sys/block/nbd0")
+        }
+        root.device(0)
+        root.disconnect(0)
+        root.link("/sys/block/nbd0/pid", "pid")
+        let error = #expect(throws: SystemError.self) { try device.isConnected }
+        #expect(error?.code == ELOOP)
+        #expect(throws: SystemError.self) { try device.waitUntilFree(0) }
+    }
+
+    @Test func aDeviceThatWasNotSeenIsNotKnownToBeGone() throws {
+        let root = try FakeRoot()
+        root.device(0, backend: "somebody else's")
+        root.spoil("/sys/block/nbd0/backend")
+        root.device(1, backend: identifier.description)
+        #expect(try KernelDevice.find(identifier, root: root.path)?.index == 1, "it may be found all the same")
+        let other = DeviceIdentifier(deviceID: 0, volume: "rbd/disk", cookie: 2)
+        #expect(throws: SystemError.self) { try KernelDevice.find(other, root: root.path) }
+        #expect(throws: SystemError.self) { try KernelDevice.ours(root: root.path) }
+        root.delete("/sys/block")
+        let error = #expect(throws: SystemError.self, "where there is no /sys nothing is known") {
+            try KernelDevice.all(root: root.path)
+        }
+        #expect(error?.code == ENOENT)
+        root.write("/sys/block", "")
+        #expect(throws: SystemError.self) { try KernelDevice.all(root: root.path) }
+    }
+
+    @Test func aDeviceThatCannotBeLookedAtIsNotChanged() throws {
+        let root = try FakeRoot()
+        root.device(0)
+        root.spoil("/sys/block/nbd0/backend")
+        let error = #expect(throws: KernelDeviceError.self) {
+            try KernelDevices(root: root.path).disconnect(index: 0, identifier: identifier.description)
+        }
+        #expect(error?.code == EISDIR)
     }
 
     @Test func devicesAreFoundByWhatTheyCarryAndNeverByTheirNumber() throws {
@@ -48,11 +114,11 @@ import Testing
         root.device(2, backend: "qbd:1:rbd/other:0000000000000002")
         root.folder("/sys/block/nbdx")
         root.folder("/sys/block/sda")
-        #expect(KernelDevice.all(root: root.path).map(\.index) == [0, 1, 2, 10])
-        #expect(KernelDevice.find(identifier, root: root.path)?.index == 10)
+        #expect(try KernelDevice.all(root: root.path).map(\.index) == [0, 1, 2, 10])
+        #expect(try KernelDevice.find(identifier, root: root.path)?.index == 10)
         let sameNameAnotherLife = DeviceIdentifier(deviceID: 0, volume: "rbd/disk", cookie: 2)
-        #expect(KernelDevice.find(sameNameAnotherLife, root: root.path) == nil)
-        let ours = KernelDevice.ours(root: root.path)
+        #expect(try KernelDevice.find(sameNameAnotherLife, root: root.path) == nil)
+        let ours = try KernelDevice.ours(root: root.path)
         #expect(ours.map(\.device.index) == [2, 10])
         #expect(ours.map(\.identifier.volume) == ["rbd/other", "rbd/disk"])
     }
@@ -61,15 +127,15 @@ import Testing
         let root = try FakeRoot()
         root.device(0, backend: identifier.description)
         let device = KernelDevice(index: 0, root: root.path)
-        #expect(!device.waitUntilFree(0.02))
+        #expect(try !device.waitUntilFree(0.02))
         root.disconnect(0)
         root.write("/sys/block/nbd0/inflight", "0 1\n")
-        #expect(!device.waitUntilFree(0))
+        #expect(try !device.waitUntilFree(0))
         root.write("/sys/block/nbd0/inflight", "0 0\n")
         root.folder("/sys/block/nbd0/holders/md127")
-        #expect(!device.waitUntilFree(0))
+        #expect(try !device.waitUntilFree(0))
         root.delete("/sys/block/nbd0/holders/md127")
-        #expect(device.waitUntilFree(0))
+        #expect(try device.waitUntilFree(0))
     }
 
     @Test func aPathLeadsToItsDevice() throws {

@@ -20,7 +20,7 @@ import Testing
         #expect(root.target("/dev/qbd0p1") == "nbd5p1")
         #expect(root.target("/dev/qbd0p12") == "nbd5p12")
         #expect(
-            DeviceNames.paths(device, identifier)
+            try DeviceNames.paths(device, identifier)
                 == ["/dev/qbd0", "/dev/qbd/rbd/disk", "/dev/qbd0p1", "/dev/qbd0p12"])
         #expect(try names.make(device, identifier) == [], "twice is as good as once")
         root.disconnect(5)
@@ -36,6 +36,34 @@ import Testing
         let error = #expect(throws: SystemError.self) { _ = try names.make(device, identifier) }
         #expect(error?.code == ENODEV)
         #expect(root.list("/dev") == ["nbd5"])
+    }
+
+    /// A snapshot's name may be longer than that of a file can be.
+    @Test func aVolumeWithoutANameBelowDevHasItsNumberAllTheSame() throws {
+        let root = try FakeRoot()
+        let long = String(repeating: "v", count: 128)
+        let identifier = DeviceIdentifier(deviceID: 3, volume: "\(long)/\(long)@\(long)", cookie: 1)
+        root.device(5, backend: identifier.description)
+        let (device, names) = (KernelDevice(index: 5, root: root.path), DeviceNames(root: root.path))
+        #expect(try names.make(device, identifier).count == 1, "it is said")
+        #expect(root.target("/dev/qbd3") == "nbd5")
+        #expect(names.remove(device, identifier) == [])
+        #expect(root.list("/dev") == ["nbd5"])
+        let fitting = DeviceIdentifier(deviceID: 3, volume: "\(long)/\(long)", cookie: 1)
+        root.device(5, backend: fitting.description)
+        #expect(try names.make(device, fitting) == [])
+        #expect(root.target("/dev/qbd/\(long)/\(long)") == "../../nbd5")
+    }
+
+    /// Names of a device that may be ours again stay.
+    @Test func aNameStaysWhenItCannotBeToldWhoseItIs() throws {
+        let (root, device, names) = try setUp()
+        _ = try names.make(device, identifier)
+        root.spoil("/sys/block/nbd5/backend")
+        #expect(names.remove(identifier).count == 2, "said for each name")
+        #expect(root.target("/dev/qbd0") == "nbd5")
+        let error = #expect(throws: SystemError.self) { _ = try names.make(device, identifier) }
+        #expect(error?.code == EISDIR)
     }
 
     @Test func foldersWithOtherVolumesStay() throws {

@@ -1,3 +1,4 @@
+import EventLoop
 import Glibc
 import NBD
 import Testing
@@ -58,9 +59,9 @@ import Testing
         root.write("/proc/814/comm", "bash\n")
         root.link("/proc/814/fd/0", "/dev/nbd1")
         root.link("/proc/814/fd/1", "socket:[5]")
-        let users = DeviceUsers(KernelDevice(index: 0, root: root.path))
+        let users = try DeviceUsers(KernelDevice(index: 0, root: root.path))
         #expect(
-            users.phrases(except: 813) == [
+            try users.phrases(except: 813) == [
                 "mounted at /mnt/a", "mounted at /data for process 77 (postgres)", "swap on /dev/nbd0p2",
                 "held by device mapper volume vg-data (dm-3)", "held by RAID array md127", "used by loop device loop4",
                 "open in process 812 (fio)",
@@ -79,8 +80,8 @@ import Testing
             root.write("/proc/\(process)/comm", "\(name)\n")
             root.link("/proc/\(process)/fd/3", "\(root.path)/container/dev/\(name)")
         }
-        let users = DeviceUsers(KernelDevice(index: 0, root: root.path))
-        #expect(users.phrases() == ["open in process 700 (disk)"])
+        let users = try DeviceUsers(KernelDevice(index: 0, root: root.path))
+        #expect(try users.phrases() == ["open in process 700 (disk)"])
     }
 
     private static var canMakeNodes: Bool {
@@ -95,8 +96,8 @@ import Testing
         root.write(
             "/proc/self/mountinfo",
             "31 1 0:50 / /a rw - btrfs /dev/qbd0 rw\n32 1 0:51 / /b rw - btrfs /dev/qbd1 rw\n")
-        let users = DeviceUsers(KernelDevice(index: 0, root: root.path), names: ["/dev/qbd0", "/dev/qbd/rbd/disk"])
-        #expect(users.phrases() == ["mounted at /a"])
+        let users = try DeviceUsers(KernelDevice(index: 0, root: root.path), names: ["/dev/qbd0", "/dev/qbd/rbd/disk"])
+        #expect(try users.phrases() == ["mounted at /a"])
     }
 
     @Test func manyProcessesAreCounted() throws {
@@ -106,7 +107,7 @@ import Testing
             root.write("/proc/\(process)/comm", "cat\n")
             root.link("/proc/\(process)/fd/0", "/dev/nbd0")
         }
-        let phrases = DeviceUsers(KernelDevice(index: 0, root: root.path)).phrases()
+        let phrases = try DeviceUsers(KernelDevice(index: 0, root: root.path)).phrases()
         #expect(phrases.count == 9)
         #expect(phrases.first == "open in process 100 (cat)")
         #expect(phrases.last == "open in 12 more processes")
@@ -121,15 +122,41 @@ import Testing
             root.write("/proc/\(process)/cmdline", "qbdd\0--device-work\0\(index)\0qbd:x\0rescan-partitions\0")
             root.link("/proc/\(process)/fd/3", "/dev/nbd0")
         }
-        let users = DeviceUsers(KernelDevice(index: 0, root: root.path))
-        #expect(users.phrases() == ["open in process 101 (qbdd:device)", "open in process 102 (qbdd)"])
-        #expect(users.hasWorker)
-        #expect(!DeviceUsers(KernelDevice(index: 2, root: root.path)).hasWorker)
+        let users = try DeviceUsers(KernelDevice(index: 0, root: root.path))
+        #expect(try users.phrases() == ["open in process 101 (qbdd:device)", "open in process 102 (qbdd)"])
+        #expect(try users.hasWorker)
+        #expect(try !DeviceUsers(KernelDevice(index: 2, root: root.path)).hasWorker)
+    }
+
+    /// Unreadable is not "nobody": a mounted device would be unmapped.
+    @Test(arguments: [
+        "/proc/self/mountinfo", "/proc/swaps", "/proc/300/mountinfo", "/proc/300/comm",
+        "/sys/block/loop4/loop/backing_file", "/sys/block/dm-1/dm/name", "/sys/block/nbd0/nbd0p1/dev",
+    ])
+    func aLookThatFailsIsAnError(file: String) throws {
+        let root = try FakeRoot()
+        root.device(0, partitions: [1])
+        root.folder("/sys/block/nbd0/holders/dm-1")
+        root.link("/proc/300/ns/mnt", "mnt:[2]")
+        root.spoil(file)
+        let error = #expect(throws: SystemError.self) {
+            _ = try DeviceUsers(KernelDevice(index: 0, root: root.path)).phrases()
+        }
+        #expect(error?.description.contains(file) == true)
+    }
+
+    @Test(arguments: ["/proc/self/mountinfo", "/proc", "/sys/block"])
+    func withoutWhatIsAlwaysThereNothingIsKnown(missing: String) throws {
+        let root = try FakeRoot()
+        root.device(0)
+        let users = try DeviceUsers(KernelDevice(index: 0, root: root.path))
+        root.delete(missing)
+        #expect(throws: SystemError.self) { _ = try users.phrases() }
     }
 
     @Test func aDeviceNobodyUsesHasNoUsers() throws {
         let root = try FakeRoot()
         root.device(0)
-        #expect(DeviceUsers(KernelDevice(index: 0, root: root.path)).phrases() == [])
+        #expect(try DeviceUsers(KernelDevice(index: 0, root: root.path)).phrases() == [])
     }
 }
