@@ -222,13 +222,16 @@ struct LayerFile {
         try call("shorten") { Int(ftruncate(descriptor, off_t(length))) }
     }
 
+    /// Locks the file without waiting.
+    /// - Returns: false when somebody else has it.
     func lock(_ operation: Int32) throws(BackendError) -> Bool {
-        if flock(descriptor, operation | LOCK_NB) == 0 { return true }
-        let code = errno
-        guard code == EWOULDBLOCK else {
-            throw BackendError(code: code, message: "lock \(path): \(errnoText(code))")
+        do throws(BackendError) {
+            try call("lock") { Int(flock(descriptor, operation | LOCK_NB)) }
+            return true
+        } catch {
+            guard error.code == EWOULDBLOCK else { throw error }
+            return false
         }
-        return false
     }
 
     func unlock() throws(BackendError) { try call("unlock") { Int(flock(descriptor, LOCK_UN)) } }

@@ -405,17 +405,15 @@ package final class LocalPool: VolumePool {
         _ directory: borrowing Directory, _ volume: String, readOnly: Bool, exclusive: Bool = false
     ) throws(BackendError) -> Int32 {
         let data = try directory.open(Self.data(volume), readOnly ? O_RDONLY : O_RDWR)
-        guard flock(data, (readOnly && !exclusive ? LOCK_SH : LOCK_EX) | LOCK_NB) == 0 else {
-            let code = errno
-            Glibc.close(data)
-            guard code == EWOULDBLOCK else {
-                throw BackendError(code: code, message: "lock \(path)/\(Self.data(volume)): \(errnoText(code))")
-            }
+        let file = LayerFile(descriptor: data, path: "\(path)/\(Self.data(volume))")
+        do throws(BackendError) {
+            if try file.lock(readOnly && !exclusive ? LOCK_SH : LOCK_EX) { return data }
             throw BackendError(
-                code: EBUSY,
-                message: "\(name)/\(volume) is in use (\(path)/\(Self.data(volume)) is locked); unmap it first")
+                code: EBUSY, message: "\(name)/\(volume) is in use (\(file.path) is locked); unmap it first")
+        } catch {
+            Glibc.close(data)
+            throw error
         }
-        return data
     }
 
     func missing(_ volume: String) -> BackendError {

@@ -238,10 +238,11 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
     /// Makes a snapshot of all that was acknowledged; commands wait meanwhile, for a limited time.
     func makeSnapshot(_ name: String) async throws(BackendError) {
         let old = opened
+        // While I/O still runs, so that less is left for the pause; and before the pool is locked, for others' sake.
+        try await Aside.run { () throws(BackendError) in try old.settle() }
         let prepared = try await old.prepare(.snapshot(name), Patience())
         var failure: BackendError?
         do throws(BackendError) {
-            // While I/O still runs, so that less is left for the pause.
             try await Aside.run { () throws(BackendError) in try old.settle() }
             try await exchange(old, prepared)
         } catch { failure = error }

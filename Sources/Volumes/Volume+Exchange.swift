@@ -23,10 +23,15 @@ extension Volume {
         let patience = Patience()
         exchanging.withLock { $0 = patience }
         defer { exchanging.withLock { $0 = nil } }
+        // While I/O still runs, so that less is left for the pause; and before the pool is locked, for others' sake.
+        try await Aside.run {
+            patience.reason
+        } _: { () throws(BackendError) in
+            try old.settle()
+        }
         let prepared = try await old.prepare(change, patience)
         let failure: BackendError?
         do throws(BackendError) {
-            // While I/O still runs, so that less is left for the pause.
             try await Aside.run {
                 patience.reason
             } _: { () throws(BackendError) in
