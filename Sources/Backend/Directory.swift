@@ -210,6 +210,33 @@ package struct Directory: ~Copyable {
         try Self.call("synchronize \(path)/\(file)") { fsync(output) }
     }
 
+    /// Writes a whole small file durably in place of what a file has, using its space.
+    /// - Returns: false when there is no such file, or it is too small.
+    package func overwrite(_ file: String, with text: String) throws(BackendError) -> Bool {
+        guard let status = try status(of: file), Int(status.st_size) >= text.utf8.count else { return false }
+        let output = try open(file, O_WRONLY)
+        defer { Glibc.close(output) }
+        try write(text, on: output, file)
+        try Self.call("shorten \(path)/\(file)") { ftruncate(output, off_t(text.utf8.count)) }
+        try Self.call("synchronize \(path)/\(file)") { fsync(output) }
+        return true
+    }
+
+    /// Makes a file of zeros that take space, durably.
+    package func fill(_ file: String, with count: Int) throws(BackendError) {
+        let output = try createAnew(file)
+        defer { Glibc.close(output) }
+        do throws(BackendError) {
+            // A file system that writes elsewhere what is written anew would need space again, unless told.
+            qbd_write_in_place(output)
+            try write(String(repeating: "\0", count: count), on: output, file)
+            try Self.call("synchronize \(path)/\(file)") { fsync(output) }
+        } catch {
+            try remove(file)
+            throw error
+        }
+    }
+
     private func write(_ text: String, on output: Int32, _ file: String) throws(BackendError) {
         var bytes = Array(text.utf8)[...]
         while !bytes.isEmpty {

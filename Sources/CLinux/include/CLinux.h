@@ -102,6 +102,13 @@ static inline int qbd_socket_unread(int fd) {
 }
 static inline int qbd_blkrrpart(int fd) { return ioctl(fd, BLKRRPART); }
 static inline int qbd_blkflsbuf(int fd) { return ioctl(fd, BLKFLSBUF, 0); }
+// Of an empty file, where the file system knows that (btrfs).
+static inline void qbd_write_in_place(int fd) {
+    int flags = 0;
+    if (ioctl(fd, FS_IOC_GETFLAGS, &flags) != 0) return;
+    flags |= FS_NOCOW_FL;
+    ioctl(fd, FS_IOC_SETFLAGS, &flags);
+}
 static inline int qbd_blkroset(int fd, int read_only) { return ioctl(fd, BLKROSET, &read_only); }
 
 // prctl(2) is variadic.
