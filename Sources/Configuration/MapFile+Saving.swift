@@ -79,7 +79,7 @@ extension MapFile {
         }
 
         /// Seconds that somebody else may have the folder's lock.
-        private static let lockLimit = 30
+        private static let lockLimit = 10
 
         /// EBUSY when somebody else has it for longer.
         func lock(_ folder: Int32) throws(ConfigurationError) {
