@@ -196,6 +196,18 @@ extension VolumeManager {
         }
     }
 
+    /// What failed once, as a look at /sys may, is tried a few times.
+    func connectAgain(_ pool: String, _ volume: String) async {
+        for triesLeft in (0..<3).reversed() {
+            do throws(BackendError) { return try await replaceLostConnections(pool: pool, volume: volume) } catch {
+                let again = triesLeft > 0 ? ", tried again" : ""
+                logger.error("not connected again\(again): \(error.message)", metadata: ["volume": "\(pool)/\(volume)"])
+            }
+            if triesLeft > 0 { await wait(nanoseconds: 1_000_000_000) }
+        }
+        mapping("\(pool)/\(volume)")?.volume.giveUpConnecting()
+    }
+
     /// Gives a device new connections for those that ended by themselves.
     func replaceLostConnections(pool: String, volume: String) async throws(BackendError) {
         let name = "\(pool)/\(volume)"

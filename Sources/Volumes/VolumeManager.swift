@@ -291,12 +291,7 @@ package final class VolumeManager: Sendable {
                 written()
             }
         case .kernelConnectionLost:
-            Task {
-                do throws(BackendError) { try await replaceLostConnections(pool: pool, volume: volume) } catch {
-                    logger.error("not connected again: \(error.message)", metadata: ["volume": "\(pool)/\(volume)"])
-                    mapping("\(pool)/\(volume)")?.volume.giveUpConnecting()
-                }
-            }
+            Task { await connectAgain(pool, volume) }
         }
     }
 

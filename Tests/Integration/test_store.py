@@ -374,6 +374,22 @@ def test_a_volume_of_the_local_pool_is_served_too(new_store):
     assert store.open("disk", "a")["shards"][0]["store_ips"] == store.address
 
 
+def test_what_is_damaged_hides_no_other_and_is_not_taken_for_missing(store):
+    for name in "abc":
+        store.create("disk", name, MiB)
+    (store.pool_path / "a.pureflash").write_text("")
+    (store.pool_path / "b.volume").write_text("")
+    assert [volume["name"] for volume in store.ok("list_volume", tenant_name="disk")["volumes"]] == ["c"]
+    wait_for(lambda: "a.pureflash is damaged" in store.log(), "the log says what is not listed")
+    for name in "ab":
+        for op in ("open_volume", "delete_volume", "list_volume"):
+            if (name, op) == ("b", "list_volume"):
+                continue
+            answer = store.ask(op, tenant_name="disk", volume_name=name, name=name, snapshot_name="")
+            assert answer["ret_code"] != 0 and "damaged" in answer["reason"], answer
+    assert (store.pool_path / "b.volume").exists() and (store.pool_path / "a.volume").exists()
+
+
 @pytest.fixture
 def copied(new_store):
     """A store with a copy of the pool `disk` and its volume `a` as the pool `copy`."""
