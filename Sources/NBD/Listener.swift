@@ -7,7 +7,8 @@ package protocol ExportHost: ExportDirectory, AnyObject {
     /// Serves the connection from here on, and closes it in the end.
     /// - Parameter leftover: what the client sent behind the handshake.
     func attach(descriptor: Int32, peer: String, negotiated: Negotiated, leftover: [UInt8])
-    /// How many clients are in their handshake now; told when one has left it, after `attach` where it comes to that.
+    /// How many clients are in their handshake now; told when one has begun it, and when one has left it, after `attach`
+    /// where it comes to that.
     func handshakesChanged(_ count: Int)
     /// One line for the log.
     func listenerEvent(_ message: String)
@@ -64,6 +65,7 @@ package final class Listener: @unchecked Sendable {
             return
         }
         handshakes.append(connection)
+        host.handshakesChanged(handshakes.count)
         if handshakes.count > Self.maximumHandshakes { makeRoom() }
         connection.proceed()
     }

@@ -24,7 +24,7 @@ final class ExportRegistry: ExportHost, Sendable {
     /// Clients in their handshake.
     var handshakes: Int { state.withLock { $0.handshakes } }
 
-    /// - Parameter observer: called on the listener's loop whenever a client has left its handshake.
+    /// - Parameter observer: called on the listener's loop whenever a client has begun or left its handshake.
     func observe(_ observer: @escaping @Sendable () -> Void) { state.withLock { $0.clientLeft = observer } }
 
     func handshakesChanged(_ count: Int) {

@@ -621,6 +621,8 @@ BAD_NAMES = {
 def test_bad_name(daemon, fault):
     """Refused by the command, and by the daemon when it is asked without the command; no path is touched."""
     name = BAD_NAMES[fault]
+    # The lock of the pool, which is looked through at the start, is there then.
+    daemon.json("volumes")
     before = tree(daemon.directory)
     for words in (
         ["create", name, "-k", "1M"], ["delete", name], ["map", "--export", name], ["unmap", name], ["info", name]
