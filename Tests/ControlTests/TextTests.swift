@@ -60,7 +60,7 @@ struct TextTests {
         #expect(
             answer.remarks == [
                 "p/a is damaged: its description \\u{1b}[2J is empty",
-                "the pool p is nearly full: 1.00 GiB (1073741824 B) of 100.00 GiB (107374182400 B) are free;"
+                "the pool p is nearly full: 1 GiB (1073741824 B) of 100 GiB (107374182400 B) are free;"
                     + " delete volumes or snapshots, or make room otherwise",
             ])
         #expect(answer.rows.map(\.volume) == ["p/a", "p/b"])
