@@ -71,8 +71,10 @@ extension VolumeManager {
         guard let space, space.isNearlyFull != before.isNearlyFull else { return }
         if space.isNearlyFull {
             logger.warning(
-                "the pool \(pool.name) is nearly full: \(space.free >> 20) of \(space.total >> 20) MiB are free; writes to its volumes fail when none are"
-            )
+                """
+                the pool \(pool.name) is nearly full: \(space.free >> 20) of \(space.total >> 20) MiB are free; writes to \
+                its volumes fail when none are
+                """)
         } else {
             logger.notice(
                 "the pool \(pool.name) has room again: \(space.free >> 20) of \(space.total >> 20) MiB are free")
