@@ -401,6 +401,11 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
         return backend?.placement(offset: command.offset, length: command.length)
     }
 
+    /// Some of that payload has arrived there.
+    func payloadArrived(_ command: StoreCommand) {
+        backend?.payloadArrived(offset: command.offset, length: command.length)
+    }
+
     @inline(__always)
     func begin(_ slot: UnsafeMutablePointer<StoreSlot>) {
         begun &+= 1

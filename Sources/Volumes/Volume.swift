@@ -298,6 +298,10 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
         needsAdmission ? nil : backend?.placement(offset: offset, length: length)
     }
 
+    package func payloadArrived(offset: UInt64, length: UInt32) {
+        backend?.payloadArrived(offset: offset, length: length)
+    }
+
     package func submit(_ request: UnsafeMutablePointer<Request>) {
         if needsAdmission { admit(request) } else { issue(request) }
     }
