@@ -15,6 +15,8 @@ SYSCONFDIR ?= /etc
 FUZZ_SECONDS ?= 600
 FUZZ_SHORT_SECONDS ?= 30
 FUZZ_LONG_SECONDS ?= 150
+# A commit that `make bench` compares this tree with, in place of the peers.
+BASE ?=
 # Options for `make bench`, as in BENCH="--suite onehop-memory --seconds 10", and for pytest, as in PYTEST="-m long".
 BENCH ?=
 PYTEST ?=
@@ -96,9 +98,9 @@ demo: need-demo build ## Show a volume from its creation to its end, with a daem
 	@PYTHON=$(PYTHON) scripts/demo.sh $(BIN)
 
 .PHONY: bench
-bench: need-bench .build/malloc_count.so ## Measure beside nbdkit and qemu-nbd (BENCH="--help" lists options)
+bench: need-bench .build/malloc_count.so ## Measure beside nbdkit and qemu-nbd, or beside BASE=COMMIT (BENCH="--help" lists options)
 	QBD_BENCH=1 swift build -c release
-	$(PYTHON) Benchmarks/bench.py $(BENCH)
+	$(PYTHON) Benchmarks/$(if $(BASE),compare.py $(BASE),bench.py) $(BENCH)
 
 .build/malloc_count.so: Benchmarks/malloc_count.c
 	@mkdir -p $(@D)
@@ -112,9 +114,9 @@ LONG_PARTS := build-tests faults integration-long fuzz-long test-address test-th
 
 .PHONY: test test-long
 test: need-tests ## All tests: checks, short fuzzing, unit, integration, some faults, devices in a virtual machine
-	@MAKE="$(MAKE)" scripts/parts.sh "make test" $(TEST_PARTS)
+	@scripts/parts.sh "make test" $(TEST_PARTS)
 test-long: need-tests ## What takes longer: all faults, long tests, longer fuzzing, the sanitizers (up to 90 minutes)
-	@MAKE="$(MAKE)" scripts/parts.sh "make test-long" --all $(LONG_PARTS)
+	@scripts/parts.sh "make test-long" --all $(LONG_PARTS)
 
 .PHONY: test-unit
 test-unit: build-tests unit ## Only the unit tests

@@ -37,7 +37,7 @@ trap 'exit 143' TERM
 
 run() {
     local status=0
-    "${MAKE:-make}" --no-print-directory "$1" || status=$?
+    make --no-print-directory "$1" || status=$?
     date +%s >"$logs/$1.end"
     return $status
 }
