@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -122,3 +123,18 @@ def test_a_call_of_a_loop_that_fails_now_and_then(daemon, call, error):
         daemon.qbd("unmap", "disk/b").succeeded()
         daemon.qbd("delete", "disk/b").succeeded()
     wait_for(lambda: daemon.descriptors() <= open_now + 4, "descriptors are given back")
+
+
+@pytest.mark.parametrize("path", ["socket", "nbd_socket"])
+def test_clients_that_cannot_be_accepted_wait(daemon, path):
+    daemon.volume("disk/a", MiB)
+    with socket.socket(socket.AF_UNIX) as client:
+        with failing(daemon, "accept4", "error=EMFILE") as calls:
+            client.connect(str(getattr(daemon, path)))
+            wait_for(lambda: "EMFILE" in calls.read_text(), "it is tried")
+            before = calls.read_text().count("EMFILE")
+            time.sleep(1)
+            tries = calls.read_text().count("EMFILE") - before
+            assert tries < 50, f"the daemon has tried {tries} times in a second"
+        run([*PATTERN[:4], "write -P 7 0 1M", daemon.uri("disk/a")]).succeeded()
+        daemon.qbd("list").succeeded()
