@@ -14,6 +14,9 @@ SYSCONFDIR ?= /etc
 # Seconds of `make fuzz` for each target.
 FUZZ_SECONDS ?= 600
 FUZZ_SHORT_SECONDS ?= 30
+FUZZ_LONG_SECONDS ?= 150
+# A commit that `make bench` compares this tree with, in place of the peers.
+BASE ?=
 # Options for `make bench`, as in BENCH="--suite onehop-memory --seconds 10", and for pytest, as in PYTEST="-m long".
 BENCH ?=
 PYTEST ?=
@@ -95,9 +98,9 @@ demo: need-demo build ## Show a volume from its creation to its end, with a daem
 	@PYTHON=$(PYTHON) scripts/demo.sh $(BIN)
 
 .PHONY: bench
-bench: need-bench .build/malloc_count.so ## Measure beside nbdkit and qemu-nbd (BENCH="--help" lists options)
+bench: need-bench .build/malloc_count.so ## Measure beside nbdkit and qemu-nbd, or beside BASE=COMMIT (BENCH="--help" lists options)
 	QBD_BENCH=1 swift build -c release
-	$(PYTHON) Benchmarks/bench.py $(BENCH)
+	$(PYTHON) Benchmarks/$(if $(BASE),compare.py $(BASE),bench.py) $(BENCH)
 
 .build/malloc_count.so: Benchmarks/malloc_count.c
 	@mkdir -p $(@D)
@@ -105,12 +108,15 @@ bench: need-bench .build/malloc_count.so ## Measure beside nbdkit and qemu-nbd (
 
 # Testing
 
-.PHONY: test
-test: need-tests check build-tests fuzz-short unit integration vm ## All tests: checks, short fuzzing, unit, integration, devices in a virtual machine
-	@echo; echo "make test: all of it passed"
-	@grep -h 'Test run with' $(LOGS)/unit.log | tail -n 1
-	@tail -n 1 $(LOGS)/integration.log
-	@grep -hE '^=+ .* (passed|failed)' $(LOGS)/vm.log
+# The parts of `test` and `test-long`, for scripts/parts.sh. Those behind --beside NAME run beside that one.
+TEST_PARTS := check build-tests fuzz-short unit --beside vm integration faults-short
+LONG_PARTS := build-tests faults integration-long fuzz-long test-address test-thread
+
+.PHONY: test test-long
+test: need-tests ## All tests: checks, short fuzzing, unit, integration, some faults, devices in a virtual machine
+	@scripts/parts.sh "make test" $(TEST_PARTS)
+test-long: need-tests ## What takes longer: all faults, long tests, longer fuzzing, the sanitizers (up to 90 minutes)
+	@scripts/parts.sh "make test-long" --all $(LONG_PARTS)
 
 .PHONY: test-unit
 test-unit: build-tests unit ## Only the unit tests
@@ -119,13 +125,17 @@ test-unit: build-tests unit ## Only the unit tests
 test-integration: need-tests build integration ## Only the tests of the programs from outside (PYTEST="-k name", PYTEST="-m long")
 
 # Without a build of their own, so that `test` builds once, with --build-tests.
-.PHONY: unit integration
+.PHONY: unit integration integration-long
 unit:
 	@mkdir -p $(LOGS)
 	swift test -c release --disable-testable-imports --skip-build --disable-xctest 2>&1 | tee $(LOGS)/unit.log
 integration:
 	@mkdir -p $(LOGS)
 	QBD_BIN_DIR=$(BIN) $(PYTHON) -m pytest $(PYTEST) Tests/Integration 2>&1 | tee $(LOGS)/integration.log
+
+integration-long:
+	@mkdir -p $(LOGS)
+	QBD_BIN_DIR=$(BIN) $(PYTHON) -m pytest -m long $(PYTEST) Tests/Integration 2>&1 | tee $(LOGS)/integration-long.log
 
 .PHONY: need-vm test-vm vm vm-shell
 need-vm:
@@ -157,10 +167,13 @@ format: ## Format the Swift sources in place
 	@scripts/need.sh "format" swift
 	swift format --in-place --parallel --recursive $(FORMATTED)
 
-.PHONY: fuzz fuzz-short
+.PHONY: fuzz fuzz-short fuzz-long
 fuzz: ## Fuzz the parsers, FUZZ_SECONDS (600) each
 	@$(NEED_BUILD)
 	scripts/fuzz.sh $(FUZZ_SECONDS)
 fuzz-short:
 	@$(NEED_BUILD)
 	scripts/fuzz.sh $(FUZZ_SHORT_SECONDS)
+fuzz-long:
+	@$(NEED_BUILD)
+	scripts/fuzz.sh $(FUZZ_LONG_SECONDS)

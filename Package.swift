@@ -104,7 +104,7 @@ let package = Package(
         .testTarget(name: "LocalPoolTests", dependencies: ["LocalPool", "CLinux"]),
         .testTarget(name: "PureFlashTests", dependencies: ["PureFlash", "Backend"]),
         .testTarget(name: "StoreServerTests", dependencies: ["StoreServer", "PureFlash", "Backend"]),
-        .testTarget(name: "VolumesTests", dependencies: ["Volumes"]),
+        .testTarget(name: "VolumesTests", dependencies: ["Volumes", "LocalPool"]),
     ],
     swiftLanguageModes: [.v6]
 )

@@ -208,6 +208,23 @@ def many(options, bars):
     return rows
 
 
+def layered(server, volume):
+    """Gives the server's volume snapshots, each layer with a part of the data; returns the seconds that each took."""
+    client = nbd.NBD()
+    client.connect_uri(server.uri)
+    pause = []
+    for depth in range(DEPTH):
+        # A twentieth of the volume, in pieces of 64 KiB, so that neighbours are in different layers.
+        for place in range(depth * 64 * KiB, server.size, DEPTH * 64 * KiB):
+            client.pwrite(os.urandom(64 * KiB), place)
+        began = time.monotonic()
+        server.qbd("snapshot", "create", f"{volume}@s{depth}")
+        pause.append(time.monotonic() - began)
+    client.flush()
+    client.shutdown()
+    return pause
+
+
 def snapshots(options, bars):
     """A volume without snapshots beside one that is as large and has 20, each layer with a part of the data."""
     rows = []
@@ -218,18 +235,8 @@ def snapshots(options, bars):
         for uri in (plain, deep):
             run("nbdcopy", "--flush", random, uri)
         random.unlink()
-        client = nbd.NBD()
-        client.connect_uri(deep)
-        pause = []
-        for depth in range(DEPTH):
-            # A twentieth of the volume, in pieces of 64 KiB, so that neighbours are in different layers.
-            for place in range(depth * 64 * KiB, options.size, DEPTH * 64 * KiB):
-                client.pwrite(os.urandom(64 * KiB), place)
-            began = time.monotonic()
-            server.qbd("snapshot", "create", f"bench/volume1@s{depth}")
-            pause.append(time.monotonic() - began)
-        client.flush()
-        client.shutdown()
+        server.uri = deep
+        pause = layered(server, "bench/volume1")
         print(f"\nsnapshots: {DEPTH} made in {statistics.median(pause) * 1000:.0f} ms each")
         for load in loads:
             samples = {"plain": [], "deep": []}

@@ -118,8 +118,9 @@ class Qbd(Server):
 
     name = "qbd"
 
-    def __init__(self, size, directory=None, counting=False, volumes=1):
+    def __init__(self, size, directory=None, counting=False, volumes=1, programs=BIN):
         super().__init__(size)
+        self.programs = programs
         self.pool = pathlib.Path(tempfile.mkdtemp(prefix="pool-", dir=directory)) if directory else None
         self.counter = self.home / "allocations" if counting else None
         self.volumes = volumes
@@ -133,7 +134,7 @@ class Qbd(Server):
         kind = f"type=local\npath={self.pool}" if self.pool else "type=memory"
         (self.home / "qbd.conf").write_text(f"[pool.bench]\n{kind}\n")
         (self.home / "state").mkdir()
-        return [BIN / "qbdd"]
+        return [self.programs / "qbdd"]
 
     def environment(self):
         environment = {**os.environ, **self.paths}
@@ -151,7 +152,7 @@ class Qbd(Server):
         return self.qbd("map", "--export", volume).strip()
 
     def qbd(self, *words):
-        return run(BIN / "qbd", *words, env={**os.environ, **self.paths})
+        return run(self.programs / "qbd", *words, env={**os.environ, **self.paths})
 
     def allocations(self):
         """Calls of the allocator so far; only when started with `counting`."""
@@ -214,13 +215,14 @@ class QbdStore(Store):
 
     name = "qbd-store"
 
-    def __init__(self, size):
+    def __init__(self, size, programs=BIN):
         super().__init__(size)
+        self.programs = programs
         self.conductor = free_port()
 
     def command(self):
         (self.home / "qbd.conf").write_text("[pool.bench]\ntype=memory\n")
-        return [BIN / "qbd-store", "--config", self.home / "qbd.conf", "--data-port", self.port,
+        return [self.programs / "qbd-store", "--config", self.home / "qbd.conf", "--data-port", self.port,
                 "--conductor-port", self.conductor, "--store-port", free_port()]
 
     def started(self):
@@ -239,11 +241,12 @@ class NbdStore(Store):
 class Bridge:
     """Mixed into a server: its data is in a store that runs as long as it does. The figures are the server's alone."""
 
-    store_type = NbdStore
-
     def __init__(self, size, **options):
         super().__init__(size, **options)
-        self.store = self.store_type(size)
+        self.store = self.make_store(size)
+
+    def make_store(self, size):
+        return NbdStore(size)
 
     def __enter__(self):
         self.store.__enter__()
@@ -258,7 +261,8 @@ class Bridge:
 class QbdBridge(Bridge, Qbd):
     """qbdd with a volume of a PureFlash cluster, which is one qbd-store."""
 
-    store_type = QbdStore
+    def make_store(self, size):
+        return QbdStore(size, programs=self.programs)
 
     def command(self):
         command = super().command()

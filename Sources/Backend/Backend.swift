@@ -101,6 +101,10 @@ package protocol Backend: AnyObject {
     /// elsewhere. What arrives there counts as a write in flight from then on, whether it is submitted or not.
     func placement(offset: UInt64, length: UInt32) -> UnsafeMutableRawPointer?
 
+    /// Some of that payload has arrived there. Called each time, before anything else is done with the volume: other I/O
+    /// may have changed the same bytes since the last time, and the write may never be submitted.
+    func payloadArrived(offset: UInt64, length: UInt32)
+
     /// For people; nil where the bytes are not with others.
     var report: ClusterReport? { get }
 
@@ -109,6 +113,8 @@ package protocol Backend: AnyObject {
 }
 
 extension Backend {
+    package func payloadArrived(offset: UInt64, length: UInt32) {}
+
     package var report: ClusterReport? { nil }
 }
 

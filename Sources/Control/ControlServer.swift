@@ -53,6 +53,9 @@ package final class ControlServer: Sendable {
         decoding.maxHeaderListSize = limits.header
         decoding.maxHeaderFieldCount = 64
         let bootstrap = ServerBootstrap(group: group)
+            .serverChannelInitializer { channel in
+                channel.eventLoop.makeCompletedFuture { try channel.pipeline.syncOperations.addHandler(AcceptPause()) }
+            }
             .childChannelOption(.allowRemoteHalfClosure, value: true)
             .childChannelInitializer { [decoding] channel in
                 channel.eventLoop.makeCompletedFuture {

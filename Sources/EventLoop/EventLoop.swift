@@ -29,11 +29,11 @@ package final class EventLoop: @unchecked Sendable {
     /// and latency, and no clock call per request.
     package private(set) var now: UInt64
 
-    private let epoll: Int32
-    private let wake: Int32
+    private let epoll: Descriptor
+    private let wake: Descriptor
     /// A timer of the kernel's: it is set when the earliest deadline changes, where a time-out of each wait would be set
     /// and cancelled with each.
-    private let clock: Int32
+    private let clock: Descriptor
     /// What it is set to; later than `timers.earliest` it never is.
     private var clockDeadline = UInt64.max
     private let threads = Mutex<[Thread]>([])
@@ -98,24 +98,19 @@ package final class EventLoop: @unchecked Sendable {
     package init(name: String) throws(SystemError) {
         self.name = name
         now = monotonicNanoseconds()
-        epoll = try retrying("epoll_create1") { epoll_create1(Int32(EPOLL_CLOEXEC)) }
-        exclusiveWait = ExclusiveWait(epoll: epoll)
-        wake = try retrying("eventfd") { eventfd(0, Int32(EFD_CLOEXEC | EFD_NONBLOCK)) }
-        clock = try retrying("timerfd_create") { timerfd_create(CLOCK_MONOTONIC, Int32(TFD_CLOEXEC | TFD_NONBLOCK)) }
+        epoll = Descriptor(try retrying("epoll_create1") { epoll_create1(Int32(EPOLL_CLOEXEC)) })
+        exclusiveWait = ExclusiveWait(epoll: epoll.number)
+        wake = Descriptor(try retrying("eventfd") { eventfd(0, Int32(EFD_CLOEXEC | EFD_NONBLOCK)) })
+        clock = Descriptor(
+            try retrying("timerfd_create") { timerfd_create(CLOCK_MONOTONIC, Int32(TFD_CLOEXEC | TFD_NONBLOCK)) })
         try retrying("epoll_ctl") {
-            qbd_epoll_ctl(epoll, EPOLL_CTL_ADD, wake, EPOLLIN.rawValue, Self.wakeData)
+            qbd_epoll_ctl(epoll.number, EPOLL_CTL_ADD, wake.number, EPOLLIN.rawValue, Self.wakeData)
         }
         try retrying("epoll_ctl") {
-            qbd_epoll_ctl(epoll, EPOLL_CTL_ADD, clock, EPOLLIN.rawValue, Self.clockData)
+            qbd_epoll_ctl(epoll.number, EPOLL_CTL_ADD, clock.number, EPOLLIN.rawValue, Self.clockData)
         }
         let thread = try Thread(name: name) { [self] in work(leading: true) }
         threads.withLock { $0.append(thread) }
-    }
-
-    deinit {
-        Glibc.close(epoll)
-        Glibc.close(wake)
-        Glibc.close(clock)
     }
 
     // MARK: From any thread
@@ -129,11 +124,7 @@ package final class EventLoop: @unchecked Sendable {
             posted.work.append(work)
             return (true, posted.work.count == 1)
         }
-        if first {
-            var one: UInt64 = 1
-            // Only EAGAIN is possible, and it means that the loop is about to wake up anyway.
-            _ = write(wake, &one, 8)
-        }
+        if first { signalEvent(wake.number) }
         return accepted
     }
 
@@ -164,7 +155,7 @@ package final class EventLoop: @unchecked Sendable {
         if index == registrations.count { registrations.append(Registration()) }
         let token = Token(index: UInt32(index), generation: registrations[index].generation)
         do {
-            try retrying("epoll_ctl add") { qbd_epoll_ctl(epoll, EPOLL_CTL_ADD, descriptor, events, token.data) }
+            try retrying("epoll_ctl add") { qbd_epoll_ctl(epoll.number, EPOLL_CTL_ADD, descriptor, events, token.data) }
         } catch {
             freeRegistrations.append(index)
             throw error
@@ -178,16 +169,14 @@ package final class EventLoop: @unchecked Sendable {
     package func modify(_ token: Token, descriptor: Int32, events: UInt32) {
         registrations[Int(token.index)].events = events
         if exclusive?.token.data == token.data { return endExclusiveWait() }
-        let result = qbd_epoll_ctl(epoll, EPOLL_CTL_MOD, descriptor, events, token.data)
-        precondition(result == 0, "epoll_ctl mod: \(errnoText(errno))")
+        insisting("epoll_ctl mod") { qbd_epoll_ctl(epoll.number, EPOLL_CTL_MOD, descriptor, events, token.data) }
     }
 
     /// Removes a descriptor; call before it is closed. Events of this turn that were not delivered yet are dropped.
     package func remove(_ token: Token, descriptor: Int32) {
         if exclusive?.token.data == token.data { endExclusiveWait() }
         if only?.token.data == token.data { only = nil }
-        let result = qbd_epoll_ctl(epoll, EPOLL_CTL_DEL, descriptor, 0, 0)
-        precondition(result == 0, "epoll_ctl del: \(errnoText(errno))")
+        insisting("epoll_ctl del") { qbd_epoll_ctl(epoll.number, EPOLL_CTL_DEL, descriptor, 0, 0) }
         registrations[Int(token.index)].source = nil
         registrations[Int(token.index)].generation &+= 1
         freeRegistrations.append(Int(token.index))
@@ -335,7 +324,7 @@ package final class EventLoop: @unchecked Sendable {
                 woken = true
             } else if data == Self.clockData {
                 var expirations: UInt64 = 0
-                _ = read(clock, &expirations, 8)
+                _ = read(clock.number, &expirations, 8)
                 clockDeadline = .max
             } else {
                 deliver(qbd_epoll_events(events + index), to: data)
@@ -402,18 +391,23 @@ package final class EventLoop: @unchecked Sendable {
 
     @inline(__always)
     private func wait(_ events: UnsafeMutablePointer<epoll_event>) -> Int {
-        let count: Int32
+        var count: Int32 = 0
         if again {
             again = false
             var timeout = timespec()
-            count = qbd_epoll_wait(epoll, events, Int32(Self.eventsPerWait), &timeout)
+            count = qbd_epoll_wait(epoll.number, events, Int32(Self.eventsPerWait), &timeout)
         } else {
             setClock()
-            count = qbd_epoll_wait(epoll, events, Int32(Self.eventsPerWait), nil)
+            count = qbd_epoll_wait(epoll.number, events, Int32(Self.eventsPerWait), nil)
         }
         if count >= 0 { return Int(count) }
-        precondition(errno == EINTR, "epoll_wait: \(errnoText(errno))")
-        return 0
+        if errno == EINTR { return 0 }
+        var timeout = timespec()
+        insisting("epoll_wait") {
+            count = qbd_epoll_wait(epoll.number, events, Int32(Self.eventsPerWait), &timeout)
+            return min(count, 0)
+        }
+        return Int(count)
     }
 
     @inline(__always)
@@ -426,14 +420,13 @@ package final class EventLoop: @unchecked Sendable {
         let time = max(deadline, 1)
         var setting = itimerspec()
         setting.it_value = timespec(tv_sec: Int(time / 1_000_000_000), tv_nsec: Int(time % 1_000_000_000))
-        let result = timerfd_settime(clock, Int32(TFD_TIMER_ABSTIME), &setting, nil)
-        precondition(result == 0, "timerfd_settime: \(errnoText(errno))")
+        insisting("timerfd_settime") { timerfd_settime(clock.number, Int32(TFD_TIMER_ABSTIME), &setting, nil) }
         clockDeadline = deadline
     }
 
     private func runPosted() {
         var value: UInt64 = 0
-        _ = read(wake, &value, 8)
+        _ = read(wake.number, &value, 8)
         let work = posted.withLock { posted in
             defer { posted.work = [] }
             return posted.work

@@ -97,7 +97,7 @@ private final class Lookout: Sendable {
     /// Ignored where nobody handles it, so that no stray one does harm.
     static let signal = SIGURG
 
-    private let epoll: Int32
+    private let epoll: Descriptor
     /// By their epoll sets.
     private let waits = Mutex<[Int32: ExclusiveWait]>([:])
 
@@ -106,7 +106,7 @@ private final class Lookout: Sendable {
         action.__sigaction_handler.sa_handler = { _ in }
         // Without SA_RESTART: system calls are to end.
         try retrying("sigaction") { sigaction(Self.signal, &action, nil) }
-        epoll = try retrying("epoll_create1") { epoll_create1(Int32(EPOLL_CLOEXEC)) }
+        epoll = Descriptor(try retrying("epoll_create1") { epoll_create1(Int32(EPOLL_CLOEXEC)) })
         try Thread(name: "lookout") { [self] in look() }.detach()
     }
 
@@ -122,18 +122,18 @@ private final class Lookout: Sendable {
     func watch(_ wait: ExclusiveWait) -> Bool {
         waits.withLock { $0[wait.epoll] = wait }
         let events = EPOLLIN.rawValue | EPOLLONESHOT.rawValue
-        return qbd_epoll_ctl(epoll, EPOLL_CTL_ADD, wait.epoll, events, UInt64(wait.epoll)) == 0
+        return qbd_epoll_ctl(epoll.number, EPOLL_CTL_ADD, wait.epoll, events, UInt64(wait.epoll)) == 0
     }
 
     func forget(_ wait: ExclusiveWait) {
-        _ = qbd_epoll_ctl(epoll, EPOLL_CTL_DEL, wait.epoll, 0, 0)
+        _ = qbd_epoll_ctl(epoll.number, EPOLL_CTL_DEL, wait.epoll, 0, 0)
         waits.withLock { $0[wait.epoll] = nil }
     }
 
     private func look() -> Never {
         var event = epoll_event()
         while true {
-            guard qbd_epoll_wait(epoll, &event, 1, nil) == 1 else { continue }
+            guard qbd_epoll_wait(epoll.number, &event, 1, nil) == 1 else { continue }
             let set = Int32(truncatingIfNeeded: qbd_epoll_data(&event))
             // One that was forgotten meanwhile has ended.
             if let wait = waits.withLock({ $0[set] }) { wait.disturb() }

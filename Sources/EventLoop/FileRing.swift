@@ -38,6 +38,11 @@ package final class FileRing: EventSource, TurnObserver {
     /// Writes of this turn that the loop's thread does itself.
     private var own = OperationList()
     private var unsubmitted = 0
+    /// Entries that the ring has, submitted or not, and operations that wait until it has fewer.
+    private var onRing = 0
+    private var behindRing = OperationList()
+    /// Of the loop's `now`: until then the ring gets nothing, since the kernel would not take it.
+    private var ringResumes: UInt64 = 0
     /// A read, while it is all that this turn has for the ring. What is in the page cache is read with one plain system
     /// call then, of which the ring has nothing to tell.
     private var lone: UnsafeMutablePointer<FileOperation>?
@@ -54,6 +59,8 @@ package final class FileRing: EventSource, TurnObserver {
     private static let ownBytes = 1 << 20
     /// Reads for the ring after one that the page cache did not have.
     private static let untriedAfterMiss = 32
+    /// Nanoseconds in which the ring is not used after the kernel took nothing.
+    private static let ringPause: UInt64 = 20_000_000
 
     /// On the loop's thread.
     /// - Parameters:
@@ -65,7 +72,7 @@ package final class FileRing: EventSource, TurnObserver {
     {
         self.loop = loop
         self.completion = completion
-        operations = Slab(capacity: capacity)
+        operations = try Slab(of: capacity)
         try loop.prepareToBlock()
         let ring = useRing ? Self.makeRing() : nil
         self.ring = ring
@@ -210,6 +217,10 @@ package final class FileRing: EventSource, TurnObserver {
     }
 
     private func enqueue(_ operation: UnsafeMutablePointer<FileOperation>, on ring: UnsafeMutablePointer<io_uring>) {
+        // Where there are more completions than there is room for, the kernel needs memory for each, and loses those for
+        // which it has none.
+        guard onRing < Int(ring.pointee.cq.ring_entries) else { return behindRing.append(operation) }
+        guard ringResumes <= loop.now else { return workers.add(operation) }
         var entry = qbd_ring_get_sqe(ring)
         if entry == nil {
             submit(ring)
@@ -231,24 +242,36 @@ package final class FileRing: EventSource, TurnObserver {
         }
         io_uring_sqe_set_data(entry, operation)
         unsubmitted &+= 1
+        onRing &+= 1
     }
 
-    /// - Returns: whether the kernel took everything. Otherwise the next turn comes at once and submits the rest.
-    @discardableResult
-    private func submit(_ ring: UnsafeMutablePointer<io_uring>) -> Bool {
+    private func submit(_ ring: UnsafeMutablePointer<io_uring>) {
         while unsubmitted > 0 {
             let count = io_uring_submit(ring)
-            if count > 0 {
-                unsubmitted &-= Int(count)
-            } else if count == 0 || count == -EAGAIN || count == -EBUSY {
-                // The kernel is short of memory or its completion queue is full: reap first.
-                loop.runAgain()
-                return false
-            } else {
-                precondition(count == -EINTR, "io_uring_enter: \(errnoText(-count))")
-            }
+            guard count > 0 else { return takeBack(from: ring) }
+            unsubmitted &-= Int(count)
         }
-        return true
+    }
+
+    /// The kernel takes nothing more now, for want of memory most likely. The workers do what it did not take, and what
+    /// comes within the next milliseconds; then the ring is tried again.
+    private func takeBack(from ring: UnsafeMutablePointer<io_uring>) {
+        ringResumes = loop.now &+ Self.ringPause
+        let queue = ring.pointee.sq
+        // The kernel looks at the queue's end during io_uring_enter(2) alone.
+        let first = queue.khead.pointee
+        var position = first
+        while position != queue.sqe_tail {
+            let data = queue.sqes[Int(position & queue.ring_mask)].user_data
+            if let operation = UnsafeMutablePointer<FileOperation>(bitPattern: UInt(data)) { workers.add(operation) }
+            position &+= 1
+        }
+        while let operation = behindRing.removeFirst() { workers.add(operation) }
+        onRing &-= Int(position &- first)
+        unsubmitted = 0
+        queue.ktail.pointee = first
+        ring.pointee.sq.sqe_head = first
+        ring.pointee.sq.sqe_tail = first
     }
 
     // MARK: Completion
@@ -274,9 +297,8 @@ package final class FileRing: EventSource, TurnObserver {
                 readLone(lone, orOn: ring)
                 continue
             }
-            let all = submit(ring)
+            submit(ring)
             reap()
-            if !all { break }
         }
     }
 
@@ -311,7 +333,11 @@ package final class FileRing: EventSource, TurnObserver {
             let result = entry.pointee.res
             let operation = UnsafeMutablePointer<FileOperation>(bitPattern: UInt(entry.pointee.user_data))
             qbd_ring_seen(ring, entry)
+            onRing &-= 1
             if let operation { finish(operation, result: result) }
+        }
+        while onRing < Int(ring.pointee.cq.ring_entries), let operation = behindRing.removeFirst() {
+            enqueue(operation, on: ring)
         }
     }
 

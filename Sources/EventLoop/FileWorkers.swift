@@ -37,18 +37,13 @@ final class FileWorkers: EventSource {
         }
         let queues = Mutex(Queues())
         /// Counts hand-overs; a worker sleeps in its read.
-        let work: Int32
+        let work: Descriptor
         /// Tells the loop that finished operations wait.
-        let done: Int32
+        let done: Descriptor
 
         init() throws(SystemError) {
-            work = try retrying("eventfd") { eventfd(0, Int32(EFD_CLOEXEC)) }
-            done = try retrying("eventfd") { eventfd(0, Int32(EFD_CLOEXEC | EFD_NONBLOCK)) }
-        }
-
-        deinit {
-            Glibc.close(work)
-            Glibc.close(done)
+            work = Descriptor(try retrying("eventfd") { eventfd(0, Int32(EFD_CLOEXEC)) })
+            done = Descriptor(try retrying("eventfd") { eventfd(0, Int32(EFD_CLOEXEC | EFD_NONBLOCK)) })
         }
     }
 
@@ -58,7 +53,7 @@ final class FileWorkers: EventSource {
         shared = try Shared()
         areAllStarted = count == 1
         threads = [try Self.startThread(0, of: count, shared)]
-        do { token = try loop.add(shared.done, events: EPOLLIN.rawValue, source: self) } catch {
+        do { token = try loop.add(shared.done.number, events: EPOLLIN.rawValue, source: self) } catch {
             close()
             throw error
         }
@@ -82,7 +77,7 @@ final class FileWorkers: EventSource {
             queues.waiting.append(chainFrom: head, to: tail)
             return wasEmpty
         }
-        if wasEmpty { Self.signal(shared.work) }
+        if wasEmpty { signalEvent(shared.work.number) }
     }
 
     private static func startThread(_ index: Int, of count: Int, _ shared: Shared) throws(SystemError) -> Thread {
@@ -108,16 +103,16 @@ final class FileWorkers: EventSource {
 
     func close() {
         shared.queues.withLock { $0.stopped = true }
-        Self.signal(shared.work)
+        signalEvent(shared.work.number)
         for thread in threads { thread.join() }
         threads = []
-        if let token { loop.remove(token, descriptor: shared.done) }
+        if let token { loop.remove(token, descriptor: shared.done.number) }
         token = nil
     }
 
     func ready(events: UInt32) {
         var value: UInt64 = 0
-        _ = Glibc.read(shared.done, &value, 8)
+        _ = Glibc.read(shared.done.number, &value, 8)
         var list = shared.queues.withLock { $0.finished.removeAll() }
         while let operation = list.removeFirst() {
             owner?.finish(operation, result: operation.pointee.result)
@@ -125,11 +120,6 @@ final class FileWorkers: EventSource {
     }
 
     // MARK: On a worker's thread
-
-    private static func signal(_ descriptor: Int32) {
-        var one: UInt64 = 1
-        _ = Glibc.write(descriptor, &one, 8)
-    }
 
     /// Operations and bytes a thread takes at a time: others share a deep queue, and the loop answers the first while
     /// the next are done.
@@ -153,14 +143,14 @@ final class FileWorkers: EventSource {
             guard mine.head != nil else {
                 if stopped {
                     // The next one sleeps on the same count.
-                    signal(shared.work)
+                    signalEvent(shared.work.number)
                     return
                 }
                 var value: UInt64 = 0
-                _ = Glibc.read(shared.work, &value, 8)
+                _ = Glibc.read(shared.work.number, &value, 8)
                 continue
             }
-            if more { signal(shared.work) }
+            if more { signalEvent(shared.work.number) }
             var finished = OperationList()
             while let operation = mine.removeFirst() {
                 operation.pointee.result = perform(operation)
@@ -177,7 +167,7 @@ final class FileWorkers: EventSource {
             queues.finished.append(chainFrom: head, to: tail)
             return first
         }
-        if first { signal(shared.done) }
+        if first { signalEvent(shared.done.number) }
     }
 
     /// - Returns: as io_uring does: bytes or 0, or a negative errno.

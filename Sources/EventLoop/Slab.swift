@@ -19,9 +19,26 @@ package struct Slab<Element>: ~Copyable {
         free = .allocate(capacity: capacity)
     }
 
+    /// The same where there are so many that the system may refuse them.
+    package init(of capacity: Int) throws(SystemError) {
+        precondition(_isPOD(Element.self))
+        precondition(MemoryLayout<Element>.alignment <= MemoryLayout<max_align_t>.alignment)
+        let slots = malloc(capacity * MemoryLayout<Element>.stride)
+        let free = malloc(capacity * MemoryLayout<UnsafeMutablePointer<Element>>.stride)
+        guard let slots, let free else {
+            Glibc.free(slots)
+            Glibc.free(free)
+            throw SystemError(code: ENOMEM, operation: "allocate \(capacity) slots")
+        }
+        self.capacity = capacity
+        self.slots = slots.bindMemory(to: Element.self, capacity: capacity)
+        self.free = free.bindMemory(to: UnsafeMutablePointer<Element>.self, capacity: capacity)
+    }
+
     deinit {
-        slots.deallocate()
-        free.deallocate()
+        // As allocate(capacity:) has it from malloc(3), too.
+        Glibc.free(slots)
+        Glibc.free(free)
     }
 
     /// An uninitialised slot, or nil when all are taken.

@@ -43,6 +43,27 @@ package func retrying<Value: FixedWidthInteger & SignedNumeric>(
     }
 }
 
+/// Repeats a system call without which its thread cannot go on, a millisecond apart, until it returns 0. The kernel needs
+/// nothing for it that it could be short of; EBADF, EFAULT, EINVAL and ENOENT are bugs of ours, as for `retrying`, and ENOSYS is a kernel
+/// that is too old.
+@inline(__always)
+func insisting(_ operation: @autoclosure () -> String, _ body: () -> Int32) {
+    while body() != 0 { pause(errno, operation()) }
+}
+
+@inline(never)
+private func pause(_ code: Int32, _ operation: @autoclosure () -> String) {
+    precondition(![EBADF, EFAULT, EINVAL, ENOENT, ENOSYS].contains(code), "\(operation()): \(errnoText(code))")
+    var time = timespec(tv_sec: 0, tv_nsec: 1_000_000)
+    clock_nanosleep(CLOCK_MONOTONIC, 0, &time, nil)
+}
+
+/// Adds one to an eventfd. That it is full already is as good: who reads it wakes up.
+func signalEvent(_ descriptor: Int32) {
+    var one: UInt64 = 1
+    insisting("write to an eventfd") { write(descriptor, &one, 8) == 8 || errno == EAGAIN ? 0 : -1 }
+}
+
 /// Nanoseconds of CLOCK_MONOTONIC.
 @inline(__always)
 package func monotonicNanoseconds() -> UInt64 {

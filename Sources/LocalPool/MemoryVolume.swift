@@ -32,6 +32,9 @@ final class MemoryVolume: Backend {
         return store.base + Int(truncatingIfNeeded: offset)
     }
 
+    /// What was zeroed since the last time is marked again: a piece without a mark counts as zeros.
+    func payloadArrived(offset: UInt64, length: UInt32) { mark(Int(truncatingIfNeeded: offset), Int(length)) }
+
     func submit(_ io: UnsafeMutablePointer<IO>) {
         let offset = Int(truncatingIfNeeded: io.pointee.offset)
         let length = Int(io.pointee.length)

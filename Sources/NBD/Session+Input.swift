@@ -9,7 +9,7 @@ extension Session {
     func receive() {
         guard !input.wantsPlace || place() else { return fail("out of memory") }
         let isPlaced = input.placed != nil
-        let count = received ?? input.receive()
+        let count = received ?? receiveOnce()
         received = nil
         if count > 0 {
             target.received(self)
@@ -25,13 +25,24 @@ extension Session {
         expectInput()
     }
 
+    /// - Returns: as recv(2), with `errno`.
+    @inline(__always)
+    private func receiveOnce(flags: Int32 = Int32(MSG_DONTWAIT)) -> Int {
+        let count = input.receive(flags: flags)
+        // An error may come behind some bytes, too.
+        if let placed = input.placed, placed.own == nil, let header = placedHeader {
+            target.payloadArrived(offset: header.offset, length: header.length)
+        }
+        return count
+    }
+
     package func receiveBlocking() -> Int {
         guard !input.wantsPlace || place() else {
             // It is told when this is tried again.
             errno = ENOMEM
             return -1
         }
-        let count = input.receive(flags: 0)
+        let count = receiveOnce(flags: 0)
         if count >= 0 { received = count }
         return count
     }

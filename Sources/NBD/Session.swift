@@ -8,6 +8,8 @@ package protocol SessionTarget: AnyObject {
     func takeRequest() -> UnsafeMutablePointer<Request>?
     /// Where a large payload may be received straight away, inside the volume's checked bounds; nil for a buffer.
     func placement(offset: UInt64, length: UInt32) -> UnsafeMutableRawPointer?
+    /// Some of that payload has arrived there.
+    func payloadArrived(offset: UInt64, length: UInt32)
     /// Starts the request; it is answered once, by its `reply()`, maybe before this returns.
     func submit(_ request: UnsafeMutablePointer<Request>)
     /// The reply is out, or nobody is left to take it: the slot and what it holds are free.

@@ -76,12 +76,12 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
         geometry.hasExtents = false
         geometry.readOnly = opened.readOnly
         self.geometry = geometry
+        do { requests = try Slab(of: Self.capacity) } catch { throw BackendError(error) }
         guard let zeros = buffers.allocate(Int(StoreProtocol.maximumTransfer)) else {
             throw BackendError(code: ENOMEM, message: "no memory for buffers")
         }
         memset(zeros.base, 0, Int(StoreProtocol.maximumTransfer))
         self.zeros = zeros
-        requests = Slab(capacity: Self.capacity)
         routes = Array(repeating: -1, count: layout.shards.count)
         choices = Array(repeating: 0, count: layout.shards.count)
         pause = LoopTimer(loop: loop) { [unowned self] in pauseEnded() }

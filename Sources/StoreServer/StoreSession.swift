@@ -162,6 +162,8 @@ final class StoreSession: EventSource {
     private func receive() {
         guard !input.wantsPlace || place() else { return end("out of memory") }
         let count = input.receive()
+        // An error may come behind some bytes, too.
+        if let placed = input.placed, placed.own == nil, let command = placedCommand { volume.payloadArrived(command) }
         if count > 0 {
             parse()
         } else if count == 0 {

@@ -31,7 +31,7 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
     /// What no I/O of the backend may cross, bytes; 0 for nothing.
     private var boundary: UInt64 = 0
     /// Of commands that cross it. A command has at most three, since layers have clusters of 64 KiB.
-    private var parts = Slab<IO>(capacity: 3 * maximumSessions * StoreSession.maximumInFlight)
+    private var parts: Slab<IO>
     var maximumInFlight: Int { slots.capacity + parts.capacity }
     /// By number.
     private var snapshots: [UInt32: Snapshot] = [:]
@@ -41,7 +41,7 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
     private var isHeld = false
     private var idle: (@Sendable () -> Void)?
     private let vectors: UnsafeMutablePointer<iovec>
-    private var slots = Slab<StoreSlot>(capacity: maximumSessions * StoreSession.maximumInFlight)
+    private var slots: Slab<StoreSlot>
     private var sessions: ContiguousArray<StoreSession> = []
     /// Connections whose handshake is answered when nothing of closed ones is in flight.
     private var newcomers: [Newcomer] = []
@@ -83,7 +83,7 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
     private init(
         name: String, opened: any OpenVolume, layout: StoreLayout, durable: Bool, faults: Faults?, loop: EventLoop,
         logger: Logger
-    ) {
+    ) throws(SystemError) {
         self.name = name
         currentlyOpened = Mutex(opened)
         self.layout = layout
@@ -91,6 +91,8 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
         self.faults = faults
         self.loop = loop
         self.logger = logger
+        slots = try Slab(of: Self.maximumSessions * StoreSession.maximumInFlight)
+        parts = try Slab(of: 3 * Self.maximumSessions * StoreSession.maximumInFlight)
         vectors = .allocate(capacity: StoreSession.vectorCapacity)
     }
 
@@ -105,8 +107,15 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
     ) async throws(BackendError) -> StoreVolume {
         let loop: EventLoop
         do { loop = try EventLoop(name: "store:\(name)") } catch { throw BackendError(error) }
-        let volume = StoreVolume(
-            name: name, opened: opened, layout: layout, durable: durable, faults: faults, loop: loop, logger: logger)
+        let volume: StoreVolume
+        do {
+            volume = try StoreVolume(
+                name: name, opened: opened, layout: layout, durable: durable, faults: faults, loop: loop, logger: logger
+            )
+        } catch {
+            loop.stop()
+            throw BackendError(error)
+        }
         if let failure = await loop.call({ volume.begin() }) ?? nil {
             loop.stop()
             throw failure
@@ -416,6 +425,11 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
     func placement(_ command: StoreCommand) -> UnsafeMutableRawPointer? {
         guard faults == nil, !isHeld, judge(command) == .success else { return nil }
         return backend?.placement(offset: command.offset, length: command.length)
+    }
+
+    /// Some of that payload has arrived there.
+    func payloadArrived(_ command: StoreCommand) {
+        backend?.payloadArrived(offset: command.offset, length: command.length)
     }
 
     @inline(__always)

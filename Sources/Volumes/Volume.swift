@@ -71,7 +71,7 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     private init(
         name: String, opened: any OpenVolume, settings: VolumeSettings, slowIO: UInt64, loop: EventLoop,
         maximumSessions: Int, logger: Logger, report: @escaping @Sendable (SessionEvent) -> Void
-    ) {
+    ) throws(SystemError) {
         self.name = name
         currentlyOpened = Mutex(opened)
         self.loop = loop
@@ -92,9 +92,9 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
         let sessions = maximumSessions + KernelSide.maximumSessions
         // The largest payload takes a region, and a session may have one in flight while it receives the next.
         buffers = BufferPool(maximumRegions: 2 * sessions + 4)
+        requests = try Slab(of: sessions * Session.maximumInFlight)
+        parts = try Slab(of: sessions * Self.partsOfSession)
         vectors = .allocate(capacity: Session.vectorCapacity)
-        requests = Slab(capacity: sessions * Session.maximumInFlight)
-        parts = Slab(capacity: sessions * Self.partsOfSession)
     }
 
     deinit { vectors.deallocate() }
@@ -114,9 +114,15 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     ) async throws(BackendError) -> Volume {
         let loop: EventLoop
         do { loop = try EventLoop(name: "qbd:\(name)") } catch { throw BackendError(error) }
-        let volume = Volume(
-            name: name, opened: opened, settings: settings, slowIO: slowIO, loop: loop,
-            maximumSessions: maximumSessions, logger: logger, report: report)
+        let volume: Volume
+        do {
+            volume = try Volume(
+                name: name, opened: opened, settings: settings, slowIO: slowIO, loop: loop,
+                maximumSessions: maximumSessions, logger: logger, report: report)
+        } catch {
+            loop.stop()
+            throw BackendError(error)
+        }
         let failure = await loop.call { volume.begin(settings.limits) }
         if let failure = failure ?? nil {
             loop.stop()
@@ -311,6 +317,10 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
 
     package func placement(offset: UInt64, length: UInt32) -> UnsafeMutableRawPointer? {
         needsAdmission ? nil : backend?.placement(offset: offset, length: length)
+    }
+
+    package func payloadArrived(offset: UInt64, length: UInt32) {
+        backend?.payloadArrived(offset: offset, length: length)
     }
 
     package func submit(_ request: UnsafeMutablePointer<Request>) {

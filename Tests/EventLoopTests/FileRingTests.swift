@@ -9,10 +9,10 @@ private final class Harness: FileCompletion, @unchecked Sendable {
     var waiting: [Int: CheckedContinuation<Int32, Never>] = [:]
     var next = 1
 
-    init(useRing: Bool) async throws {
+    init(useRing: Bool, capacity: Int = 256) async throws {
         loop = try EventLoop(name: "test")
         let made = await loop.call { [self] in
-            ring = try? FileRing(loop: loop, capacity: 256, useRing: useRing, completion: self)
+            ring = try? FileRing(loop: loop, capacity: capacity, useRing: useRing, completion: self)
             return ring?.usesRing
         }
         try #require(made == .some(useRing))
@@ -153,6 +153,27 @@ private struct Memory: @unchecked Sendable {
         #expect(await harness.run { $0.read(file, into: input.base, length: 65536, offset: 0, context: $1) } == 0)
         let bytes = UnsafeRawBufferPointer(start: input.base, count: 65536)
         #expect(bytes[4095] == 0xff && bytes[4096] == 0 && bytes[12287] == 0 && bytes[12288] == 0xff)
+        await harness.close()
+        Glibc.close(file)
+    }
+
+    /// More than the kernel has room for completions of.
+    @Test(.timeLimit(.minutes(1)), arguments: [true, false]) func manyAtATimeAllComplete(useRing: Bool) async throws {
+        let count = 2000
+        let harness = try await Harness(useRing: useRing, capacity: count)
+        let file = try temporaryFile(size: 4096 * count)
+        let results = await withTaskGroup(of: Int32.self) { group in
+            for index in 0..<count {
+                group.addTask {
+                    let offset = UInt64(4096 * index)
+                    return await harness.run {
+                        $0.allocate(file, mode: 0, offset: offset, length: 4096, context: $1)
+                    }
+                }
+            }
+            return await group.reduce(into: []) { $0.append($1) }
+        }
+        #expect(results.count == count && results.allSatisfy { $0 == 0 })
         await harness.close()
         Glibc.close(file)
     }

@@ -32,10 +32,18 @@ func withMappedVolume(
     of backend: any TestBackend, report: @escaping @Sendable (SessionEvent) -> Void = { _ in },
     _ body: (Volume) async throws -> Void
 ) async throws {
+    try await withMappedVolume(TestVolume(backend), report: report, body)
+}
+
+/// The same with a volume of a pool.
+func withMappedVolume(
+    _ opened: any OpenVolume, report: @escaping @Sendable (SessionEvent) -> Void = { _ in },
+    _ body: (Volume) async throws -> Void
+) async throws {
     var logger = Logger(label: "test")
     logger.logLevel = .critical
     let volume = try await Volume.start(
-        name: "pool/volume", opened: TestVolume(backend), settings: VolumeSettings(), maximumSessions: 4,
+        name: "pool/volume", opened: opened, settings: VolumeSettings(), maximumSessions: 4,
         logger: logger, report: report)
     try await body(volume)
     await volume.stop(grace: 0, failingHeld: false)
