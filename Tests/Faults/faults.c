@@ -220,6 +220,11 @@ static int folder_count;
 
 // The path as it stands in a key: what differs from run to run is `#`. Returns 0 when it is in no folder of ours.
 static int normalise(const char *path, char *to, size_t capacity) {
+    // Read by the C library and by Swift's, which have to live with it.
+    size_t all = strlen(path);
+    if (strncmp(path, "/sys/devices/system/", 20) == 0 || strncmp(path, "/proc/sys/", 10) == 0 ||
+        (strncmp(path, "/proc/", 6) == 0 && all > 5 && strcmp(path + all - 5, "/maps") == 0))
+        return 0;
     for (int i = 0; i < folder_count; i++) {
         size_t length = strlen(folders[i].path);
         if (strncmp(path, folders[i].path, length) != 0 || (path[length] != '/' && path[length] != 0)) continue;
