@@ -138,6 +138,7 @@ class Sweep:
     # Cases run as processes of their own: what hangs, or dies in a library, is that case's.
 
     def start(self, scenario, case, tries=0):
+        template = self.template(scenario)
         reader, writer = os.pipe()
         folder = tempfile.mkdtemp(prefix="c-", dir=self.root)
         pid = os.fork()
@@ -146,7 +147,7 @@ class Sweep:
             os.close(reader)
             result = {"status": "failed", "text": "?"}
             try:
-                result = perform(scenario, self.template(scenario), case, folder)
+                result = perform(scenario, template, case, folder)
             except BaseException:
                 result["text"] = traceback.format_exc()
             with os.fdopen(writer, "w") as pipe:
