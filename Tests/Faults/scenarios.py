@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import time
+import zlib
 
 import nbd
 
@@ -287,6 +288,13 @@ class Case:
     def is_harmless(self):
         """What no client may notice."""
         return self.action in ("EINTR", "short")
+
+    @property
+    def is_thorough(self):
+        """Whether the pool is used after it. What only looks leaves it as it was, and a part of those is enough."""
+        looks = self.key.startswith(("open", "read", "pread", "f", "access", "lseek", "getdents", "mmap", "mkdir", "proc"))
+        changes = self.key.startswith(("openat:create", "openat:new", "fsync", "fdatasync", "ftruncate", "fallocate"))
+        return changes or not looks or zlib.crc32(str(self).encode()) % 3 == 0
 
     def arm(self, control):
         if self.kills or self.action == "short":
@@ -606,7 +614,8 @@ class Run:
             self.look(fresh, "a fresh daemon")
             self.client.daemon = fresh
             self.read_all(fresh)
-            self.use(fresh)
+            if self.case.is_thorough:
+                self.use(fresh)
             self.check_neighbours("after a fresh daemon's work")
             self.tidy(fresh)
         except nbd.Error as error:

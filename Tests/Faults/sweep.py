@@ -271,7 +271,7 @@ def main():
     parser.add_argument("--case", action="append", metavar="CASE", help="as failures name them")
     parser.add_argument("--match", metavar="WORD", help="cases that have this in their name")
     parser.add_argument("--list", action="store_true", help="print the cases and do nothing")
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=3, help="cases at a time; each of them waits a third of its time")
     parser.add_argument("--root", default="/tmp", help="a folder of the file system to try; a short path")
     arguments = parser.parse_args()
     if not (arguments.all or arguments.budget or arguments.only or arguments.list):
@@ -319,11 +319,6 @@ def sweep(arguments, root, started):
     if arguments.budget:
         for name in SCENARIOS:
             report(runner, name)
-    for scenario, case, text, times in runner.failures:
-        print(f"\n{scenario}, {case}: {text}")
-        if times == 1:
-            print("    (not the second time)")
-        print(f"    again: {sys.executable} Tests/Faults/sweep.py --only {scenario} --case '{case}'")
     counts = sum((counter for counter in runner.counts.values()), collections.Counter())
     total = counts["ok"] + counts["failed"]
     print(f"\nfaults: {total} cases, {counts['failed']} failed, {counts['missed']} not met,"
@@ -335,10 +330,18 @@ def sweep(arguments, root, started):
 
 
 def report(runner, name):
+    """A line for a scenario, and its failures."""
     counts = runner.counts.get(name)
-    if counts:
-        print(f"{name:28} {counts['ok']:5} ok {counts['failed']:4} failed {counts['missed']:4} not met"
-              f" {counts['left']:5} left out {counts['seconds']:6.0f} s", flush=True)  # fmt: skip
+    if not counts:
+        return
+    print(f"{name:28} {counts['ok']:5} ok {counts['failed']:4} failed {counts['missed']:4} not met"
+          f" {counts['left']:5} left out {counts['seconds']:6.0f} s", flush=True)  # fmt: skip
+    for scenario, case, text, times in runner.failures:
+        if scenario == name:
+            print(f"  {case}: {text}")
+            if times == 1:
+                print("      (not the second time)")
+            print(f"      again: Tests/Faults/sweep.py --only {scenario} --case '{case}'", flush=True)
 
 
 if __name__ == "__main__":
