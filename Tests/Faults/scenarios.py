@@ -318,6 +318,10 @@ class Run:
         self.story = []
         # The last change that was asked for.
         self.last = None
+        # What `info` may say of the volume, by its keys.
+        self.facts = {}
+        # What the last command that succeeded warned of.
+        self.warning = ""
         # Volumes of which a flush failed, twice.
         self.lost_flush = set()
         template.copy(self.daemon)
@@ -361,7 +365,8 @@ class Run:
         except subprocess.TimeoutExpired:
             raise Wrong(f"qbd {' '.join(words)} hangs; the daemon's threads:\n{threads(self.daemon.pid)}") from None
         if result.status == 0:
-            self.note(f"qbd {' '.join(words)}: ok")
+            self.warning = result.err.strip()
+            self.note(f"qbd {' '.join(words)}: ok {self.warning}")
             return "ok", result.out
         if self.control.hit and self.case.kills:
             # It may take a moment until it is gone.
@@ -388,6 +393,26 @@ class Run:
             if outcome == "failed" and self.case.is_harmless and self.control.hit:
                 raise Wrong(f"{self.case.action} is not to be noticed, and was: {text}")
         self.last = (words, after, outcome)
+
+    def set(self, key, old, new, *words):
+        """Asks for something that `info` tells, and a daemon's successor knows unless it warns that it may not."""
+        outcome, text = self.qbd(*words)
+        before = self.facts.get(key, {old})
+        self.facts[key] = {new} if outcome == "ok" and not self.warning else {new} | before
+        if outcome == "failed" and self.case.is_harmless and self.control.hit:
+            raise Wrong(f"{self.case.action} is not to be noticed, and was: {text}")
+        return outcome
+
+    def check_facts(self, daemon, who):
+        if not self.facts:
+            return
+        info = self.post(daemon, "VOLUME_INFO", volume="disk/v")
+        for key, allowed in self.facts.items():
+            if info[key] not in allowed:
+                raise Wrong(f"{who}: {key} is {info[key]}, and should be {' or '.join(map(str, allowed))}")
+            # A daemon that could not write it down may say so with success.
+            if not self.warning:
+                self.facts[key] = {info[key]}
 
     def retry(self):
         """What failed may be asked for again, and works then, unless it was done the first time."""
@@ -589,6 +614,7 @@ class Run:
         """What the same daemon says after the fault, and that it goes on to take writes, of which it loses none."""
         if not self.scenario.starts:
             self.look(self.daemon, "the same daemon, after the fault")
+            self.check_facts(self.daemon, "the same daemon, after the fault")
         mapped = {name for state in self.states for name in state.mapped}
         for name in sorted(mapped - set(NEIGHBOURS)):
             if any(name not in state.mapped for state in self.states):
@@ -612,6 +638,7 @@ class Run:
         fresh.start(options)
         try:
             self.look(fresh, "a fresh daemon")
+            self.check_facts(fresh, "a fresh daemon")
             self.client.daemon = fresh
             self.read_all(fresh)
             if self.case.is_thorough:
@@ -860,14 +887,18 @@ def lists(run):
 
 
 def suspend_and_resume(run):
-    run.qbd("suspend", "disk/v")
-    run.qbd("resume", "disk/v", "-t", "normal")
-    if run.daemon.alive and run.suspended("v"):
+    run.set("state", "normal", "suspended", "suspend", "disk/v")
+    outcome = run.set("state", "normal", "normal", "resume", "disk/v", "-t", "normal")
+    if run.daemon.alive and (outcome != "ok" or run.suspended("v")):
         raise Wrong("resume leaves the volume suspended")
 
 
 def suspend(run):
-    run.qbd("suspend", "disk/v")
+    run.set("state", "normal", "suspended", "suspend", "disk/v")
+
+
+def throttle(run):
+    run.set("read_iops", 0, 100000, "throttle", "disk/v", "-t", "read_iops=100000")
 
 
 def refuses(*words):
@@ -941,7 +972,7 @@ def scenarios():
     yield Scenario("unmap-snapshot", snapshot_mapped, asks("unmap", "disk/v@s1", then=[unmapped("v@s1")]))
     yield Scenario("suspend", layered_mapped, suspend, fresh_writes, suspends=True)
     yield Scenario("suspend-resume", layered_mapped, suspend_and_resume, fresh_writes, suspends=True)
-    yield Scenario("throttle", layered_mapped, asks("throttle", "disk/v", "-t", "read_iops=100000"))
+    yield Scenario("throttle", layered_mapped, throttle)
     yield Scenario("writes-plain", plain_mapped, write_plain)
     yield Scenario("writes-layered", layered_mapped, write_layered)
     yield Scenario("writes-plain-without-ring", plain_mapped, write_plain, without_ring=True)
