@@ -14,7 +14,7 @@ final class ShuffledPool: VolumePool {
         VolumeRecord(id: 1 << 24, volume: volume, size: size, blockSize: blockSize, created: 0)
     }
 
-    func delete(volume: String, snapshots: Bool) {}
+    func delete(volume: String, snapshots: Bool, force: Bool) {}
 
     func grow(volume: String, to size: UInt64?) throws(BackendError) -> VolumeRecord { throw fixedSize }
 

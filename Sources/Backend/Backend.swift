@@ -77,10 +77,14 @@ package protocol BackendClient: AnyObject {
     /// Where data that is read may be left; nil where it has to be in memory.
     var pipes: PipePool? { get }
     func completed(_ io: UnsafeMutablePointer<IO>)
+    /// What was acknowledged may be lost: every flush fails from now on, also those of later daemons. Once, before the
+    /// first flush fails.
+    func flushesFail()
 }
 
 extension BackendClient {
     package var pipes: PipePool? { nil }
+    package func flushesFail() {}
 }
 
 /// Where the bytes of one open volume live. All calls on the volume's loop.
@@ -187,16 +191,23 @@ package protocol OpenVolume: AnyObject, Sendable {
     /// - Returns: the new record, which `record` gives from now on.
     func grow(to size: UInt64?) throws(BackendError) -> VolumeRecord
 
+    /// Every flush is to fail, as it did for the daemon that had the volume before. Before `start`.
+    func failFlushes()
+
     /// What is to be done for it now that snapshots were deleted; nil for nothing. On the blocking-work thread.
-    var dueChange: StoreChange? { get }
+    func dueChange() throws(BackendError) -> StoreChange?
 
     /// Writes down what is not, so that what comes next, with I/O held back, has little to wait for.
     func settle() throws(BackendError)
 
-    /// Makes changes of the store that need I/O to be held back, on the blocking-work thread. Its backend is closed.
-    /// - Returns: the volume opened anew, to start in place of this one, which is still to be closed. On an error, this
-    ///   one is as it was.
-    func reopen(after change: StoreChange) throws(BackendError) -> any OpenVolume
+    /// Takes what a change of the store needs, and makes what can be made before I/O is held back for it. On a thread
+    /// that may wait.
+    /// - Parameter giveUp: asked while somebody else is waited for: an error ends that, and is thrown.
+    func prepare(_ change: StoreChange, giveUp: () -> BackendError?) throws(BackendError) -> any PreparedChange
+
+    /// A change that was prepared has been given up: it does nothing more to this volume, whose backend is about to be
+    /// started again. On the loop.
+    func changeGivenUp()
 
     /// Gives descriptors and locks back, after the backend was closed or was never started. On the blocking-work thread.
     func close()
@@ -204,24 +215,20 @@ package protocol OpenVolume: AnyObject, Sendable {
 
 /// A store without snapshots.
 extension OpenVolume {
-    package var dueChange: StoreChange? { nil }
+    package func dueChange() throws(BackendError) -> StoreChange? { nil }
+
+    package func failFlushes() {}
 
     package func settle() {}
 
-    package func reopen(after change: StoreChange) throws(BackendError) -> any OpenVolume {
+    package func prepare(
+        _ change: StoreChange, giveUp: () -> BackendError?
+    ) throws(BackendError) -> any PreparedChange {
         throw BackendError(
             code: EOPNOTSUPP, message: "\(record.volume): a volume of type \(protocolName) has no snapshots")
     }
-}
 
-/// What `OpenVolume.reopen` does first.
-package enum StoreChange: Sendable, Equatable {
-    /// Nothing: files that were replaced are let go.
-    case nothing
-    /// Makes a snapshot of all that was completed.
-    case snapshot(String)
-    /// One step towards fewer files, after a snapshot was deleted.
-    case tidy
+    package func changeGivenUp() {}
 }
 
 extension OpenVolume {
@@ -237,10 +244,16 @@ package protocol VolumePool: AnyObject, Sendable {
     ///   - blockSize: 512 or 4096.
     func create(volume: String, size: UInt64, blockSize: UInt32) throws(BackendError) -> VolumeRecord
     /// Fails with EBUSY while the volume, or a snapshot of it, is open anywhere.
-    /// - Parameter snapshots: delete its snapshots too; EBUSY when it has some and this is false.
-    func delete(volume: String, snapshots: Bool) throws(BackendError)
-    /// Sorted by name.
+    /// - Parameters:
+    ///   - snapshots: delete its snapshots too; EBUSY when it has some and this is false.
+    ///   - force: also what is damaged and may still have good data; EIO when it is and this is false.
+    func delete(volume: String, snapshots: Bool, force: Bool) throws(BackendError)
+    /// Those that can be read, sorted by name.
     func list() throws(BackendError) -> [VolumeRecord]
+    /// Those that cannot, and why; sorted by name.
+    func damaged() throws(BackendError) -> [DamagedVolume]
+    /// Nil where that is not known.
+    func space() throws(BackendError) -> PoolSpace?
     /// Grows a volume that is not open, as `OpenVolume.grow`; EBUSY when it is open.
     func grow(volume: String, to size: UInt64?) throws(BackendError) -> VolumeRecord
     /// Opens for one user; a second open that could write fails with EBUSY.
@@ -255,11 +268,45 @@ extension VolumePool {
     package func open(volume: String, readOnly: Bool, within limit: UInt64?) throws(BackendError) -> any OpenVolume {
         try open(volume: volume, readOnly: readOnly)
     }
+
+    package func delete(volume: String, snapshots: Bool) throws(BackendError) {
+        try delete(volume: volume, snapshots: snapshots, force: false)
+    }
+
+    package func damaged() throws(BackendError) -> [DamagedVolume] { [] }
+
+    package func space() throws(BackendError) -> PoolSpace? { nil }
+}
+
+/// A volume of a pool that cannot be read. It can be deleted, and hinders no other.
+package struct DamagedVolume: Sendable, Equatable {
+    package let volume: String
+    package let reason: String
+
+    package init(volume: String, reason: String) {
+        self.volume = volume
+        self.reason = reason
+    }
+}
+
+/// Where the bytes of a pool lie: how much of that there is, in bytes.
+package struct PoolSpace: Sendable, Equatable {
+    package let total: UInt64
+    /// For this process.
+    package let free: UInt64
+
+    package init(total: UInt64, free: UInt64) {
+        self.total = total
+        self.free = free
+    }
+
+    /// Writes will fail before long: less than a twentieth is free, or less than 1 GiB of what is larger than 8.
+    package var isNearlyFull: Bool { free < total / 20 || (free < 1 << 30 && total > 8 << 30) }
 }
 
 /// A pool whose volumes have snapshots. All calls block.
 package protocol SnapshotPool: VolumePool {
-    /// An open volume makes its snapshots itself, with `OpenVolume.reopen`; otherwise `createSnapshot` makes them of open
+    /// An open volume makes its snapshots itself, with `OpenVolume.prepare`; otherwise `createSnapshot` makes them of open
     /// volumes as well.
     var openVolumesMakeSnapshots: Bool { get }
     /// Of a volume that is not open, unless open ones leave it to the pool.
@@ -273,14 +320,26 @@ package protocol SnapshotPool: VolumePool {
     /// Makes a volume that begins with the contents of a snapshot, and shares what neither changes.
     func clone(volume: String, snapshot: String, to new: String) throws(BackendError) -> VolumeRecord
     /// Merges the files of deleted snapshots into what was made on top of them. Takes as long as copying takes; other
-    /// calls go on meanwhile. What belongs to open volumes is left to `OpenVolume.reopen`.
+    /// calls go on meanwhile. What belongs to open volumes is left to `OpenVolume.prepare`.
     /// - Parameter stop: asked now and then; true ends it early, to be called again.
-    /// - Returns: whether it changed something.
-    func tidy(stop: () -> Bool) throws(BackendError) -> Bool
+    func tidy(stop: () -> Bool) throws(BackendError) -> TidyOutcome
 }
 
 extension SnapshotPool {
     package var openVolumesMakeSnapshots: Bool { true }
+}
+
+/// What `SnapshotPool.tidy` came to.
+package struct TidyOutcome: Sendable, Equatable {
+    /// Something was changed; more may be possible now.
+    package var changed = false
+    /// Something is left that only time helps: it is in use, or waits to be removed.
+    package var isLeft = false
+
+    package init(changed: Bool = false, isLeft: Bool = false) {
+        self.changed = changed
+        self.isLeft = isLeft
+    }
 }
 
 /// What a pool knows of a snapshot.

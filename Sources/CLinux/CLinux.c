@@ -1,5 +1,6 @@
 #include "CLinux.h"
 
+#include <stdio.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -34,4 +35,8 @@ long qbd_cached_pages(int fd, uint64_t offset, uint64_t length) {
 ssize_t qbd_read_now(int fd, void *bytes, size_t count, uint64_t offset) {
     struct iovec vector = {bytes, count};
     return preadv2(fd, &vector, 1, (off_t)offset, RWF_NOWAIT);
+}
+
+int qbd_rename_new(int old_dir, const char *old_path, int new_dir, const char *new_path) {
+    return renameat2(old_dir, old_path, new_dir, new_path, RENAME_NOREPLACE);
 }

@@ -12,10 +12,9 @@ final class ChainMap {
     enum Stage {
         /// The head does not have it.
         static let none: UInt8 = 0
-        /// The map file says that the head has it: what the data file has there counts, holes as zeros.
+        /// The map file says that the head has it for good.
         static let marked: UInt8 = 1
-        /// The head has it since the data was synchronised last. After the daemon's death its data tells; after a power
-        /// cut as much of it counts as reached the disk, block by block.
+        /// The head has it since the data was synchronised last; the map file says so for this boot.
         static let fresh: UInt8 = 2
         /// Its data is being synchronised, or is, and the map file is written next.
         static let settling: UInt8 = 3
@@ -88,6 +87,12 @@ final class ChainMap {
         (larger.clusters, clusters) = (clusters, count)
     }
 
+    /// While the volume is opened.
+    func set(_ run: Range<Int>, to layer: Int, stage: UInt8 = Stage.none) {
+        memset(entries + run.lowerBound, Int32(layer), run.count)
+        if stage != Stage.none { memset(stages + run.lowerBound, Int32(stage), run.count) }
+    }
+
     @inline(__always)
     func isHead(_ cluster: Int) -> Bool { entries[cluster] == head }
 
@@ -99,7 +104,8 @@ final class ChainMap {
         return next &- first
     }
 
-    /// The head has the cluster from now on, its data being written and not synchronised.
+    /// The head has the cluster from now on, its data being written and not synchronised, and the map file says so for
+    /// this boot.
     @inline(__always)
     func take(_ cluster: Int) {
         entries[cluster] = head
@@ -107,15 +113,6 @@ final class ChainMap {
         stages[cluster] = Stage.fresh
         pages[cluster / Self.page] = 1
         fresh &+= 1
-    }
-
-    /// The map file says so already.
-    func takeMarked(_ run: Range<Int>) {
-        for cluster in run {
-            entries[cluster] = head
-            if stages[cluster] == Stage.fresh { fresh &-= 1 }
-            stages[cluster] = Stage.marked
-        }
     }
 
     // MARK: Towards the map file
@@ -163,7 +160,7 @@ final class ChainMap {
             }
             if stages[cluster] == Stage.settling {
                 let first = cluster
-                while cluster < clusters, cluster - first < Ones.count, stages[cluster] == Stage.settling {
+                while cluster < clusters, cluster - first < Marks.count, stages[cluster] == Stage.settling {
                     cluster += 1
                 }
                 return first..<cluster

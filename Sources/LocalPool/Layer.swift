@@ -6,9 +6,9 @@ import Glibc
 /// What a volume, or a snapshot of it, has on top of another layer; the first layer of a chain has all there is.
 ///
 /// Two files of a pool: `@DATA.raw` is sparse and has the layer's clusters, each at its own place, holes being zeros.
-/// `@ID.map` has a header and, unless the layer is the first, a byte for each cluster behind it: 1 where the layer has
-/// the cluster, 0 where the layers below say what is there. Which clusters a layer has is not left to the holes of its
-/// data: copying a pool makes holes of zeros and zeros of holes.
+/// `@ID.map` has a header and, unless the layer is the first, a byte for each cluster behind it, a `Mark`. Which clusters
+/// a layer has is never left to the holes of its data: copying a pool, or a file system that allocates around a write,
+/// makes holes of zeros and zeros of holes.
 ///
 /// Below a head, the layer a volume writes to, nothing changes but by a merge, which changes no byte that can be read.
 struct Layer: Equatable {
@@ -19,18 +19,48 @@ struct Layer: Equatable {
     /// Layers on top of each other. A chain's map in memory has a byte for each cluster.
     static let maximumDepth = 200
 
+    /// A byte of the map.
+    enum Mark {
+        /// The layers below say what is there.
+        static let absent: UInt8 = 0
+        /// The layer has the cluster, and its data was on stable storage before this was written.
+        static let lasting: UInt8 = 1
+        /// The head has the cluster, with data that may not be on stable storage. That holds in the boot that the header
+        /// names alone: a power cut may have left the mark and taken the data.
+        static let inThisBoot: UInt8 = 2
+    }
+
+    /// How a daemon left the map.
+    enum State: Equatable {
+        /// No mark counts for one boot alone.
+        case closed
+        /// The head is or was written to, in the boot with this identifier.
+        case written(boot: String)
+        /// Of version 1, which had no marks for one boot: after a crash the data file's holes tell.
+        case writtenWithoutMarks
+    }
+
     let id: UInt64
     /// The layer below; nil for the first of a chain.
     var parent: UInt64?
     /// Which data file; another than `id` after a merge.
     var data: UInt64
-    /// Whether the map says all: false while a head is written to, and after a crash then.
-    var isComplete: Bool
+    /// Id of the volume whose head or snapshot it is or was; nil where that is not known.
+    var owner: UInt64?
+    var state = State.closed
 
     var dataFile: String { Self.dataFile(data) }
     var mapFile: String { Self.mapFile(id) }
     static func dataFile(_ id: UInt64) -> String { "\(prefix)\(digits(id)).raw" }
     static func mapFile(_ id: UInt64) -> String { "\(prefix)\(digits(id)).map" }
+
+    /// The id in the name of a map file; nil for any other name.
+    static func id(ofMap file: String) -> UInt64? {
+        guard file.hasPrefix(prefix), file.hasSuffix(".map"),
+            let id = UInt64(file.dropFirst(prefix.utf8.count).dropLast(4), radix: 16), file == mapFile(id)
+        else { return nil }
+        return id
+    }
 
     /// No volume's name has it.
     static let prefix = "@"
@@ -55,12 +85,14 @@ struct Layer: Equatable {
     static let headerText = 512
 
     func encode() -> [UInt8] {
+        let boot = if case .written(let boot) = state { boot } else { "-" }
         let text = """
             # qbd layer; which data it has
-            version = 1
+            version = 2
             parent = \(hexadecimal(parent ?? 0))
             data = \(hexadecimal(data))
-            complete = \(isComplete ? 1 : 0)
+            owner = \(hexadecimal(owner ?? 0))
+            boot = \(boot)
 
             """
         return Array(text.utf8) + Array(repeating: UInt8(ascii: "\n"), count: Self.headerText - text.utf8.count)
@@ -69,14 +101,48 @@ struct Layer: Equatable {
     static func decode(_ bytes: some Collection<UInt8>, id: UInt64, file: String) throws(BackendError) -> Layer {
         let lines = try KeyValueLines(bytes.prefix(headerText), file: file)
         let version = try lines.number("version")
-        guard version == 1 else {
+        guard version == 1 || version == 2 else {
             throw BackendError(
                 code: EOPNOTSUPP, message: "\(file): version \(version) of a layer; a newer qbd wrote it")
         }
         let parent = try lines.number("parent")
-        return Layer(
-            id: id, parent: parent == 0 ? nil : parent, data: try lines.number("data"),
-            isComplete: try lines.number("complete") != 0)
+        var layer = Layer(id: id, parent: parent == 0 ? nil : parent, data: try lines.number("data"))
+        guard version == 2 else {
+            if try lines.number("complete") == 0 { layer.state = .writtenWithoutMarks }
+            return layer
+        }
+        let owner = try lines.number("owner")
+        layer.owner = owner == 0 ? nil : owner
+        let boot = try lines.text("boot")
+        if boot != "-" {
+            guard boot.utf8.count <= Boot.maximumLength else { throw lines.damaged("boot is none") }
+            layer.state = .written(boot: String(boot))
+        }
+        return layer
+    }
+}
+
+/// Which boot of the kernel this is.
+enum Boot {
+    static let maximumLength = 64
+
+    /// The kernel's random number of this boot, proc(5) /proc/sys/kernel/random/boot_id.
+    static func identifier() throws(BackendError) -> String {
+        let path = "/proc/sys/kernel/random/boot_id"
+        do throws(SystemError) {
+            let file = try retrying("open \(path)") { qbd_open(path, O_RDONLY | O_CLOEXEC, 0) }
+            defer { Glibc.close(file) }
+            var bytes = [UInt8](repeating: 0, count: maximumLength)
+            let count = try retrying("read \(path)") {
+                bytes.withUnsafeMutableBytes { read(file, $0.baseAddress, $0.count) }
+            }
+            let text = String(decoding: bytes.prefix(count).prefix { $0 > 32 && $0 < 127 }, as: UTF8.self)
+            guard text.utf8.count >= 32 else { throw SystemError(code: EIO, operation: "read \(path)") }
+            return text
+        } catch {
+            throw BackendError(
+                code: error.code, message: "\(error); without it what was written before a crash is not known")
+        }
     }
 }
 
@@ -125,6 +191,12 @@ struct LayerFile {
         try call("synchronize") { Int(fdatasync(own)) }
     }
 
+    /// A second descriptor of the same open file, for its caller to close.
+    func duplicate() throws(BackendError) -> LayerFile {
+        LayerFile(
+            descriptor: Int32(try call("duplicate the descriptor of") { Int(qbd_duplicate(descriptor)) }), path: path)
+    }
+
     func length() throws(BackendError) -> UInt64 {
         var status = stat()
         try call("look at") { Int(fstat(descriptor, &status)) }
@@ -144,14 +216,25 @@ struct LayerFile {
         try call("lengthen") { Int(ftruncate(descriptor, off_t(length))) }
     }
 
-    func lock(_ operation: Int32) throws(BackendError) -> Bool {
-        if flock(descriptor, operation | LOCK_NB) == 0 { return true }
-        let code = errno
-        guard code == EWOULDBLOCK else {
-            throw BackendError(code: code, message: "lock \(path): \(errnoText(code))")
-        }
-        return false
+    /// Makes the file so long, if it is longer.
+    func cut(to length: UInt64) throws(BackendError) {
+        guard try self.length() > length else { return }
+        try call("shorten") { Int(ftruncate(descriptor, off_t(length))) }
     }
+
+    /// Locks the file without waiting.
+    /// - Returns: false when somebody else has it.
+    func lock(_ operation: Int32) throws(BackendError) -> Bool {
+        do throws(BackendError) {
+            try call("lock") { Int(flock(descriptor, operation | LOCK_NB)) }
+            return true
+        } catch {
+            guard error.code == EWOULDBLOCK else { throw error }
+            return false
+        }
+    }
+
+    func unlock() throws(BackendError) { try call("unlock") { Int(flock(descriptor, LOCK_UN)) } }
 
     // MARK: Holes and data
 
@@ -174,13 +257,26 @@ struct LayerFile {
         }
     }
 
-    /// Makes a range read as zeros, and take no space.
-    func clear(_ range: Range<UInt64>) throws(BackendError) {
+    /// Makes a range read as zeros and take no space. EOPNOTSUPP where the file system cannot.
+    func punch(_ range: Range<UInt64>) throws(BackendError) {
         try call("clear a part of") {
             Int(
                 fallocate(
                     descriptor, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, off_t(range.lowerBound),
                     off_t(range.upperBound - range.lowerBound)))
+        }
+    }
+
+    /// Makes a range read as zeros, and take no space where the file system can.
+    func clear(_ range: Range<UInt64>) throws(BackendError) {
+        do throws(BackendError) { try punch(range) } catch {
+            guard error.code == EOPNOTSUPP else { throw error }
+            var position = range.lowerBound
+            while position < range.upperBound {
+                let count = min(range.upperBound - position, Layer.cluster)
+                try write(UnsafeRawBufferPointer(start: Zeros.bytes, count: Int(count)), at: position)
+                position += count
+            }
         }
     }
 
@@ -220,8 +316,10 @@ struct LayerFile {
 
     // MARK: Maps
 
-    /// The runs of clusters that a map says the layer has, among the first `clusters`.
-    func forEachRun(_ clusters: Int, _ body: (Range<Int>) throws(BackendError) -> Void) throws(BackendError) {
+    /// The runs of clusters with the same mark, those that are absent left out, among the first `clusters`.
+    func forEachRun(
+        _ clusters: Int, _ body: (_ run: Range<Int>, _ mark: UInt8) throws(BackendError) -> Void
+    ) throws(BackendError) {
         let bytes = UnsafeMutableRawBufferPointer.allocate(byteCount: 1 << 20, alignment: 4096)
         defer { bytes.deallocate() }
         let end = Layer.headerSize + UInt64(clusters)
@@ -234,25 +332,38 @@ struct LayerFile {
                 let first = Int(position - Layer.headerSize)
                 var index = 0
                 while index < count {
-                    guard bytes[index] == 1 else {
-                        index += 1
-                        continue
+                    let (start, mark) = (index, bytes[index])
+                    while index < count, bytes[index] == mark { index += 1 }
+                    if mark == Layer.Mark.lasting || mark == Layer.Mark.inThisBoot {
+                        try body(first + start..<first + index, mark)
+                    } else if mark != Layer.Mark.absent {
+                        throw BackendError(
+                            code: EIO,
+                            message:
+                                "\(path) is damaged: byte \(position + UInt64(start)) is \(mark), which says nothing")
                     }
-                    let start = index
-                    while index < count, bytes[index] == 1 { index += 1 }
-                    try body(first + start..<first + index)
                 }
                 position += UInt64(count)
             }
         }
     }
 
-    /// Says in a map that the layer has these clusters.
-    func mark(_ run: Range<Int>) throws(BackendError) {
+    /// The runs of clusters that the layer has for good.
+    func forEachLasting(
+        _ clusters: Int, _ body: (_ run: Range<Int>) throws(BackendError) -> Void
+    ) throws(BackendError) {
+        try forEachRun(clusters) { (run, mark) throws(BackendError) in
+            if mark == Layer.Mark.lasting { try body(run) }
+        }
+    }
+
+    /// Writes the same mark for a run of clusters.
+    func mark(_ run: Range<Int>, as mark: UInt8 = Layer.Mark.lasting) throws(BackendError) {
         var position = run.lowerBound
         while position < run.upperBound {
-            let count = min(run.upperBound - position, Ones.count)
-            try write(UnsafeRawBufferPointer(start: Ones.bytes, count: count), at: Layer.headerSize + UInt64(position))
+            let count = min(run.upperBound - position, Marks.count)
+            try write(
+                UnsafeRawBufferPointer(start: Marks.bytes(mark), count: count), at: Layer.headerSize + UInt64(position))
             position += count
         }
     }
@@ -265,12 +376,24 @@ struct LayerFile {
     }
 }
 
-/// A stretch of the byte 1, to mark clusters with.
-enum Ones {
+/// Stretches of one byte, to mark clusters with.
+enum Marks {
     static let count = 64 << 10
-    nonisolated(unsafe) static let bytes: UnsafeRawPointer = {
+
+    static func bytes(_ mark: UInt8) -> UnsafeRawPointer {
+        switch mark {
+        case Layer.Mark.absent: UnsafeRawPointer(Zeros.bytes)
+        case Layer.Mark.lasting: lasting
+        default: inThisBoot
+        }
+    }
+
+    nonisolated(unsafe) private static let lasting = stretch(Layer.Mark.lasting)
+    nonisolated(unsafe) private static let inThisBoot = stretch(Layer.Mark.inThisBoot)
+
+    private static func stretch(_ mark: UInt8) -> UnsafeRawPointer {
         let bytes = UnsafeMutableRawPointer.allocate(byteCount: count, alignment: 4096)
-        memset(bytes, 1, count)
+        memset(bytes, Int32(mark), count)
         return UnsafeRawPointer(bytes)
-    }()
+    }
 }

@@ -7,8 +7,6 @@ struct FlushState {
     /// A failed fdatasync: the kernel reports lost writes once, and a later success would say nothing about them. Every
     /// flush fails from then on.
     var error: Int32 = 0
-    /// The map file was written to and not synchronised.
-    var mapIsBehind = false
     var isRunning = false
     /// The round goes on with the map file.
     var marks = false
@@ -21,8 +19,8 @@ struct FlushState {
     var failure: Int32 = 0
 }
 
-// The map file must not say that the head has a cluster before the data is there to stay: what was flushed long ago would
-// be replaced by what a power cut left of a newer write. So a flush is a round: synchronise the data, then mark the
+// The map file must not say for good that the head has a cluster before the data is there to stay: what was flushed long
+// ago would be replaced by what a power cut left of a newer write. So a flush is a round: synchronise the data, then mark the
 // clusters whose data that was, then synchronise the map file. Flushes that come meanwhile share the next round. Where
 // nothing is fresh, which is the usual case, and for writes to what the map file has already, it is one fdatasync.
 extension LayeredVolume {
@@ -42,24 +40,22 @@ extension LayeredVolume {
         flush.failure = 0
         flush.position = 0
         flush.marks = false
-        if range == nil {
-            let anyFresh = map.settleFresh()
-            flush.marks = anyFresh || flush.mapIsBehind
-            flush.mapIsBehind = false
-        }
+        if range == nil { flush.marks = map.settleFresh() }
         if !ring.synchronize(head, range: range, context: dataSynchronized) { failRound(EAGAIN) }
     }
 
     func flushStepCompleted(_ context: UnsafeMutableRawPointer, _ code: Int32) {
+        // A snapshot that was given up may have seen it fail meanwhile.
+        let failed = code != 0 || volume.hasFailed.load(ordering: .relaxed)
         if context == dataSynchronized {
-            guard code == 0 else { return failRound(code, isFinal: true) }
+            guard !failed else { return failRound(code, isFinal: true) }
             if flush.marks { markMore() } else { endRound(0) }
         } else if context == runMarked {
             flush.marking -= 1
             if code != 0 { flush.failure = code }
             markMore()
         } else {
-            guard code == 0 else { return failRound(code, isFinal: true) }
+            guard !failed else { return failRound(code, isFinal: true) }
             map.markSettled()
             endRound(0)
         }
@@ -72,7 +68,8 @@ extension LayeredVolume {
         {
             guard
                 ring.write(
-                    mapFile.descriptor, from: UnsafeMutableRawPointer(mutating: Ones.bytes), length: run.count,
+                    mapFile.descriptor, from: UnsafeMutableRawPointer(mutating: Marks.bytes(Layer.Mark.lasting)),
+                    length: run.count,
                     offset: Layer.headerSize + UInt64(run.lowerBound), context: runMarked)
             else {
                 flush.failure = EAGAIN
@@ -88,12 +85,12 @@ extension LayeredVolume {
 
     /// - Parameter isFinal: something could not be synchronised; otherwise the next round begins where this one did.
     private func failRound(_ code: Int32, isFinal: Bool = false) {
-        if flush.marks {
-            map.unsettle()
-            flush.mapIsBehind = true
-        }
+        if flush.marks { map.unsettle() }
         // Whatever the reason was, it does not help to remove it.
-        if isFinal { flush.error = EIO }
+        if isFinal {
+            flush.error = EIO
+            client.flushesFail()
+        }
         endRound(isFinal ? EIO : code)
     }
 

@@ -10,10 +10,12 @@ struct Takeover {
         case reading
         /// The cluster is written to the head.
         case writing
-        /// The map file is told that the head has the run.
-        case marking
         /// The run's data is removed from the head.
         case clearing
+        /// The map file is told that the head has the run.
+        case marking
+        /// That failed, and is taken back.
+        case unmarking
     }
 
     var io: UnsafeMutablePointer<IO>
@@ -21,6 +23,10 @@ struct Takeover {
     var first: Int
     var count: Int
     var buffer: Buffer?
+    /// Whether it has the head for itself, as a run of zeros.
+    var isExclusive = false
+    /// Why it failed, while that is taken back.
+    var failure: Int32 = 0
 }
 
 extension LayeredVolume {
@@ -108,12 +114,55 @@ extension LayeredVolume {
                 head, from: buffer.base, length: Int(Layer.cluster),
                 offset: UInt64(takeover.pointee.first) * Layer.cluster, context: context(takeover))
             if !accepted { end(takeover, EAGAIN) }
-        case .writing:
-            if code == 0 { map.take(takeover.pointee.first) }
-            end(takeover, code)
-        case .marking: marked(takeover, code)
+        case .writing: if code == 0 { mark(takeover) } else { end(takeover, code) }
         case .clearing: cleared(takeover, code)
+        case .marking:
+            guard code == 0 else { return unmark(takeover, code) }
+            for cluster in takeover.pointee.first..<takeover.pointee.first + takeover.pointee.count {
+                map.take(cluster)
+            }
+            finish(takeover, 0)
+        case .unmarking:
+            // Memory and map file disagree, and a daemon that comes after a crash would believe the latter.
+            if code != 0 { stopWriting(code) }
+            finish(takeover, takeover.pointee.failure)
         }
+    }
+
+    /// The data is in the head's file: the map file is told before anybody else. Who finds no mark after a crash, or one of
+    /// another boot, goes by what is below.
+    private func mark(_ takeover: UnsafeMutablePointer<Takeover>) {
+        write(takeover, .marking, Layer.Mark.inThisBoot)
+    }
+
+    /// Some of the marks may be there.
+    private func unmark(_ takeover: UnsafeMutablePointer<Takeover>, _ code: Int32) {
+        takeover.pointee.failure = code
+        write(takeover, .unmarking, Layer.Mark.absent)
+    }
+
+    private func write(_ takeover: UnsafeMutablePointer<Takeover>, _ step: Takeover.Step, _ mark: UInt8) {
+        takeover.pointee.step = step
+        guard let ring, let mapFile = volume.mapFile,
+            ring.write(
+                mapFile.descriptor, from: UnsafeMutableRawPointer(mutating: Marks.bytes(mark)),
+                length: takeover.pointee.count, offset: Layer.headerSize + UInt64(takeover.pointee.first),
+                context: context(takeover))
+        else { return takeoverCompleted(takeover, EAGAIN) }
+    }
+
+    /// Every write fails from now on, until the volume is mapped anew.
+    private func stopWriting(_ code: Int32) {
+        isStopped = true
+        volume.stop(
+            BackendError(
+                code: EIO,
+                message: "\(volume.mapFile?.path ?? "") could not be written to, nor that taken back"
+                    + " (\(errnoText(code))): all writes fail until the volume is mapped anew"))
+    }
+
+    private func finish(_ takeover: UnsafeMutablePointer<Takeover>, _ code: Int32) {
+        if takeover.pointee.isExclusive { endExclusive(takeover, code) } else { end(takeover, code) }
     }
 
     /// Bytes of the I/O in its first cluster.
@@ -163,31 +212,30 @@ extension LayeredVolume {
         // The last cluster of the volume may be short, and is whole all the same.
         let wholeEnd = end == geometry.size ? map.clusters : Int(end / Layer.cluster)
         if io.pointee.offset % Layer.cluster == 0, first < wholeEnd {
-            let limit = min(wholeEnd - first, Ones.count)
-            if isMarked(first) {
+            let limit = min(wholeEnd - first, Marks.count)
+            if map.isHead(first) {
                 var count = 1
-                while count < limit, isMarked(first + count) { count += 1 }
+                while count < limit, map.isHead(first + count) { count += 1 }
                 return clear(io, min(UInt64(count) * Layer.cluster, end - io.pointee.offset))
             }
-            var count = 1
-            while count < limit, !isMarked(first + count) { count += 1 }
-            return clearUnmarked(io, first, count)
+            if clearingMode(io) != nil {
+                var count = 1
+                while count < limit, !map.isHead(first + count) { count += 1 }
+                return takeZeros(io, first, count)
+            }
         }
-        if isMarked(first) { return clear(io, UInt64(takenLength(io))) }
+        if map.isHead(first) { return clear(io, UInt64(takenLength(io))) }
         // What is trimmed may keep its contents.
         if io.pointee.operation == .trim { return advance(io, takenLength(io)) }
-        if map.isHead(first) { return writeZeros(io) }
         if !takeOver(io) { waiting.append(io) }
     }
 
-    private func isMarked(_ cluster: Int) -> Bool {
-        map.isHead(cluster) && map.stages[cluster] == ChainMap.Stage.marked
-    }
-
-    /// Where the map file says that the head has it, a hole is zeros.
+    /// In a cluster that the head has, a hole is zeros.
     private func clear(_ io: UnsafeMutablePointer<IO>, _ length: UInt64) {
         guard let ring else { return finish(io, EIO) }
-        guard let mode = clearingMode(io) else { return writeZeros(io) }
+        guard let mode = clearingMode(io) else {
+            return io.pointee.operation == .trim ? advance(io, Int(length)) : writeZeros(io)
+        }
         io.pointee.segment.count = Int(length)
         let accepted = ring.allocate(
             head, mode: mode, offset: io.pointee.offset, length: Int(length), context: UnsafeMutableRawPointer(io))
@@ -201,8 +249,7 @@ extension LayeredVolume {
         return canZero ? FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE : nil
     }
 
-    /// Part of a cluster that the map file does not speak of yet: a hole there would show what is below after the
-    /// daemon's death.
+    /// The file system can neither punch nor zero.
     private func writeZeros(_ io: UnsafeMutablePointer<IO>) {
         guard let ring else { return finish(io, EIO) }
         let length = takenLength(io)
@@ -243,44 +290,37 @@ extension LayeredVolume {
         if io.pointee.durable { synchronize(io) } else { finish(io, 0) }
     }
 
-    /// Whole clusters become the head's, as holes. The map file is told first: a daemon that dies in between leaves a
-    /// range that is partly zeroed, and never one that is older than before.
-    private func clearUnmarked(_ io: UnsafeMutablePointer<IO>, _ first: Int, _ count: Int) {
-        guard takeovers.inUse == 0, !isExclusive, let ring, let mapFile = volume.mapFile,
-            let takeover = takeovers.take()
-        else {
+    /// Whole clusters become the head's, as holes. What was begun there and never counted goes first, and then the map
+    /// file is told: a daemon that dies in between leaves the range as it was.
+    private func takeZeros(_ io: UnsafeMutablePointer<IO>, _ first: Int, _ count: Int) {
+        guard takeovers.inUse == 0, !isExclusive, let takeover = takeovers.take() else {
             zeroingWaits += 1
             return waiting.append(io)
         }
         isExclusive = true
-        takeover.initialize(to: Takeover(io: io, step: .marking, first: first, count: count))
-        let accepted = ring.write(
-            mapFile.descriptor, from: UnsafeMutableRawPointer(mutating: Ones.bytes), length: count,
-            offset: Layer.headerSize + UInt64(first), context: context(takeover))
-        if !accepted { endExclusive(takeover, EAGAIN) }
+        takeover.initialize(to: Takeover(io: io, step: .clearing, first: first, count: count, isExclusive: true))
+        clear(takeover)
     }
 
-    private func marked(_ takeover: UnsafeMutablePointer<Takeover>, _ code: Int32) {
-        guard code == 0, let ring else { return endExclusive(takeover, max(code, 1)) }
-        flush.mapIsBehind = true
-        takeover.pointee.step = .clearing
-        let io = takeover.pointee.io
-        let accepted = ring.allocate(
-            head, mode: clearingMode(io) ?? FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-            offset: UInt64(takeover.pointee.first) * Layer.cluster,
-            length: takeover.pointee.count * Int(Layer.cluster), context: context(takeover))
-        if !accepted { endExclusive(takeover, EAGAIN) }
+    private func clear(_ takeover: UnsafeMutablePointer<Takeover>) {
+        guard let mode = clearingMode(takeover.pointee.io) else {
+            // It cannot be zeroed as a whole: cluster by cluster, then.
+            let io = takeover.pointee.io
+            takeovers.give(takeover)
+            isExclusive = false
+            zero(io)
+            return serveWaiting()
+        }
+        guard let ring,
+            ring.allocate(
+                head, mode: mode, offset: UInt64(takeover.pointee.first) * Layer.cluster,
+                length: takeover.pointee.count * Int(Layer.cluster), context: context(takeover))
+        else { return endExclusive(takeover, EAGAIN) }
     }
 
     private func cleared(_ takeover: UnsafeMutablePointer<Takeover>, _ code: Int32) {
-        if code == EOPNOTSUPP, canZero, takeover.pointee.io.pointee.operation != .trim,
-            !takeover.pointee.io.pointee.mayPunch
-        {
-            canZero = false
-            return marked(takeover, 0)
-        }
-        if code == 0 { map.takeMarked(takeover.pointee.first..<takeover.pointee.first + takeover.pointee.count) }
-        endExclusive(takeover, code)
+        if code == EOPNOTSUPP, giveUpClearing(takeover.pointee.io) { return clear(takeover) }
+        if code == 0 { mark(takeover) } else { endExclusive(takeover, code) }
     }
 
     private func endExclusive(_ takeover: UnsafeMutablePointer<Takeover>, _ code: Int32) {

@@ -16,7 +16,7 @@ final class LayeredVolume: Backend, FileCompletion {
     let volume: LayeredOpenVolume
     let map: ChainMap
     let buffers: BufferPool
-    private unowned(unsafe) let client: any BackendClient
+    unowned(unsafe) let client: any BackendClient
     var ring: FileRing?
     /// Of the layers' data, as `map.entries` counts them.
     private let descriptors: UnsafeMutablePointer<Int32>
@@ -43,6 +43,8 @@ final class LayeredVolume: Backend, FileCompletion {
 
     var canPunch = true
     var canZero = true
+    /// All writes fail: what a crash would leave is not what was answered.
+    var isStopped = false
 
     init(_ volume: LayeredOpenVolume, loop: EventLoop, buffers: BufferPool, client: any BackendClient)
         throws(SystemError)
@@ -123,6 +125,7 @@ final class LayeredVolume: Backend, FileCompletion {
                 context: context)
         case .write:
             guard cluster(io) < map.clusters else { return finish(io, ENOMEM) }
+            if isStopped { return finish(io, EIO) }
             if io.pointee.durable, flush.error != 0 { return finish(io, flush.error) }
             return write(io)
         case .flush: return synchronize(io)
@@ -130,6 +133,7 @@ final class LayeredVolume: Backend, FileCompletion {
             guard io.pointee.offset + UInt64(io.pointee.length) <= UInt64(map.clusters) * Layer.cluster else {
                 return finish(io, ENOMEM)
             }
+            if isStopped { return finish(io, EIO) }
             if io.pointee.durable, flush.error != 0 { return finish(io, flush.error) }
             return zero(io)
         case .cache:

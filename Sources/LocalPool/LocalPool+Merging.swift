@@ -9,21 +9,51 @@ import Glibc
 //
 // Where the upper layer is a head, it is merged while I/O is held back if it is small. Otherwise it is frozen first, and
 // merged while an empty head takes what is written.
+//
+// Whoever has a layer open at the top of a chain has its data file locked, and no merge gives a layer another data file
+// while it is: descriptor, map and lock of an open layer are of one arrangement of files until it is opened anew.
 extension LocalPool {
     /// Bytes of a head that may be copied while I/O is held back.
-    private static let smallHead: UInt64 = 32 << 20
+    static let smallHead: UInt64 = 32 << 20
 
-    package func tidy(stop: () -> Bool) throws(BackendError) -> Bool {
-        // A pool that nobody has used yet is left unmade.
-        guard access(path, F_OK) == 0 else { return false }
-        var changed = false
-        /// Somebody else works on them, or has them open.
+    package func tidy(stop: () -> Bool) throws(BackendError) -> TidyOutcome {
+        var outcome = TidyOutcome()
+        // A pool that nobody has used yet is left unmade, and one that cannot be written to as it is.
+        guard try isMade() else { return outcome }
+        guard let isClear = try clearUpLeftovers() else { return outcome }
+        outcome.isLeft = !isClear
+        /// Somebody else works on them, or has them open, or there is no room to merge them.
         var busy: Set<UInt64> = []
+        var failure: BackendError?
         while !stop() {
             guard let lower = try nextToMerge(except: busy) else { break }
-            if try merge(lower, stop) { changed = true } else { busy.insert(lower) }
+            do throws(BackendError) {
+                if try merge(lower, stop) { outcome.changed = true } else { busy.insert(lower) }
+            } catch {
+                busy.insert(lower)
+                failure = failure ?? error
+            }
         }
-        return changed
+        if let failure { throw failure }
+        outcome.isLeft = outcome.isLeft || !busy.isEmpty
+        return outcome
+    }
+
+    private func isMade() throws(BackendError) -> Bool {
+        var status = stat()
+        do throws(SystemError) { try retrying("look at \(path)") { stat(path, &status) } } catch {
+            guard error.code == ENOENT else { throw BackendError(error) }
+            return false
+        }
+        return true
+    }
+
+    /// - Returns: whether nothing is left that time has to pass for; nil when nothing can be changed.
+    private func clearUpLeftovers() throws(BackendError) -> Bool? {
+        let directory = try openDirectory()
+        let (lock, isReadOnly) = try directory.lockForReading()
+        defer { if let lock { Glibc.close(lock) } }
+        return isReadOnly ? nil : try recover(directory)
     }
 
     private func nextToMerge(except busy: Set<UInt64>) throws(BackendError) -> UInt64? {
@@ -31,117 +61,63 @@ extension LocalPool {
         return tree.layers.keys.filter { !busy.contains($0) && tree.onlyChild(of: $0) != nil }.min()
     }
 
-    /// - Returns: whether something was done.
+    /// - Returns: false when somebody has it in use.
     private func merge(_ id: UInt64, _ stop: () -> Bool) throws(BackendError) -> Bool {
         let directory = try openDirectory()
         var lock = try directory.lock()
         defer { if lock >= 0 { Glibc.close(lock) } }
         let tree = try self.tree(directory)
         guard let lower = tree.layers[id], let upper = tree.onlyChild(of: id) else { return true }
-        if let volume = tree.volumes.first(where: { $0.head == upper.id }) {
-            return try mergeClosedHead(directory, volume.record)
+        if let volume = tree.descriptions.first(where: { $0.head == upper.id }) {
+            Glibc.close(lock)
+            lock = -1
+            return try mergeClosedHead(volume.record.volume)
         }
         let files = try openBoth(directory, lower, upper)
         defer { files.close() }
-        // Held against another daemon's merge.
-        guard try files.lower.lock(LOCK_EX) else { return false }
+        // The lower one is held against another daemon's merge. That the upper one is not in use is asked now and then, so
+        // that it can be mapped meanwhile; that it is not counts at the end.
+        guard try files.lower.lock(LOCK_EX), try files.upper.lock(LOCK_EX) else { return false }
+        try files.upper.unlock()
         Glibc.close(lock)
         lock = -1
         guard try copy(files, stop) else { return false }
         lock = try directory.lock()
         let now = try self.tree(directory)
         guard now.onlyChild(of: id) == upper, now.layers[id] == lower, !now.isHead(upper.id) else { return true }
-        try placeMarker(directory)
-        var merged = upper
-        merged.parent = lower.parent
-        merged.data = lower.data
-        let draft = Self.ours + upper.mapFile
-        try directory.remove(draft)
-        try writeUnion(directory, merged, draft, files)
-        try directory.rename(draft, to: upper.mapFile)
-        try directory.synchronize()
-        try removeUnreferenced(directory)
+        guard try files.upper.lock(LOCK_EX) else { return false }
+        try changing(directory) { (directory) throws(BackendError) in
+            var merged = upper
+            merged.parent = lower.parent
+            merged.data = lower.data
+            let draft = Self.ours + upper.mapFile
+            try directory.remove(draft)
+            do throws(BackendError) {
+                try writeUnion(directory, merged, draft, files)
+                try directory.rename(draft, to: upper.mapFile)
+            } catch {
+                removeDraft(directory, draft)
+                throw error
+            }
+            try directory.synchronize()
+        }
         return true
     }
 
-    private func mergeClosedHead(
-        _ directory: borrowing Directory, _ record: VolumeRecord
-    ) throws(BackendError) -> Bool {
+    private func mergeClosedHead(_ volume: String) throws(BackendError) -> Bool {
         let opened: any OpenVolume
-        do throws(BackendError) { opened = try open(directory, record.volume, readOnly: false) } catch {
+        do throws(BackendError) { opened = try open(volume: volume, readOnly: false) } catch {
             guard error.code == EBUSY else { throw error }
             return false
         }
         defer { opened.close() }
-        guard let layered = opened as? LayeredOpenVolume else { return true }
-        try reopen(directory, .layered(layered), after: .tidy).close()
+        if opened is LayeredOpenVolume { try change(opened, .tidy) }
         return true
-    }
-
-    /// One step for an open volume whose head stands alone on a layer that nobody else needs.
-    func tidyHead(_ directory: borrowing Directory, _ opened: StoredVolume) throws(BackendError) -> any OpenVolume {
-        guard case .layered(let volume) = opened, !volume.readOnly else {
-            return try reopen(directory, opened, after: .nothing)
-        }
-        let tree = try self.tree(directory)
-        guard let below = volume.head.parent, let lower = tree.layers[below],
-            tree.onlyChild(of: below)?.id == volume.head.id
-        else { return try reopen(directory, opened, after: .nothing) }
-        try volume.writeMap()
-        guard try volume.headFile.used() <= Self.smallHead else { return try freeze(directory, opened, as: nil) }
-        return try changing(directory) { (directory) throws(BackendError) in
-            try mergeHead(directory, volume, into: lower)
-        }
-    }
-
-    private func mergeHead(
-        _ directory: borrowing Directory, _ volume: LayeredOpenVolume, into lower: Layer
-    ) throws(BackendError) -> any OpenVolume {
-        let files = try openBoth(directory, lower, volume.head)
-        defer { files.close() }
-        _ = try copy(files) { false }
-        let record = volume.record
-        var description = try describe(directory, record.volume)
-        guard lower.parent != nil || !description.snapshots.isEmpty else {
-            return try makePlain(directory, record, lower, files.lower)
-        }
-        let id = newLayerID()
-        let merged = Layer(id: id, parent: lower.parent, data: lower.data, isComplete: true)
-        try writeUnion(directory, merged, merged.mapFile, files)
-        try directory.synchronize()
-        let replacement = try openChain(directory, to: id, record: record, readOnly: false)
-        description.head = id
-        try commit(directory, description, replacement)
-        return replacement
-    }
-
-    /// A volume whose layers are down to one has its data under its own name again.
-    private func makePlain(
-        _ directory: borrowing Directory, _ record: VolumeRecord, _ layer: Layer, _ data: LayerFile
-    ) throws(BackendError) -> any OpenVolume {
-        let file = Self.data(record.volume)
-        guard !directory.exists(file) else {
-            throw BackendError(
-                code: EEXIST, message: "\(path)/\(file) is in the way and belongs to no volume; move it away")
-        }
-        try directory.link(layer.dataFile, to: file)
-        try directory.synchronize()
-        let plain = try openPlain(directory, record, readOnly: false)
-        do throws(BackendError) { try replaceDescription(directory, VolumeDescription(record)) } catch {
-            guard let found = try? describe(directory, record.volume), found.head == nil else {
-                plain.close()
-                try directory.remove(file)
-                throw error
-            }
-        }
-        // To the byte, so that a file that is longer was made so by somebody. Padding does no harm otherwise.
-        ftruncate(plain.descriptor, off_t(record.size))
-        return plain
     }
 
     // MARK: Copying
 
-    private struct Pair {
+    struct Pair {
         let lower: LayerFile
         let upper: LayerFile
         /// Nil for the first layer of a chain, which has everything.
@@ -155,7 +131,7 @@ extension LocalPool {
         }
     }
 
-    private func openBoth(
+    func openBoth(
         _ directory: borrowing Directory, _ lower: Layer, _ upper: Layer
     ) throws(BackendError) -> Pair {
         var descriptors: [Int32] = []
@@ -187,12 +163,24 @@ extension LocalPool {
         }
     }
 
-    /// Copies what the upper layer has into the lower one.
+    /// Copies what the upper layer has into the lower one. Where there is no room for that, the space is given back at least
+    /// that both have taken for the same clusters.
     /// - Returns: false when it was stopped.
-    private func copy(_ files: Pair, _ stop: () -> Bool) throws(BackendError) -> Bool {
+    func copy(_ files: Pair, _ stop: () -> Bool) throws(BackendError) -> Bool {
+        do throws(BackendError) { return try copyAll(files, stop) } catch {
+            guard error.code == ENOSPC || error.code == EDQUOT else { throw error }
+            // Nobody reads them but through the upper layer, which has them for good.
+            try files.upperMap.forEachLasting(files.clusters) { (run) throws(BackendError) in
+                try files.lower.punch(UInt64(run.lowerBound) * Layer.cluster..<UInt64(run.upperBound) * Layer.cluster)
+            }
+            throw error
+        }
+    }
+
+    private func copyAll(_ files: Pair, _ stop: () -> Bool) throws(BackendError) -> Bool {
         try files.lower.extend(to: UInt64(files.clusters) * Layer.cluster)
         var stopped = false
-        try files.upperMap.forEachRun(files.clusters) { (run) throws(BackendError) in
+        try files.upperMap.forEachLasting(files.clusters) { (run) throws(BackendError) in
             var position = UInt64(run.lowerBound) * Layer.cluster
             let end = UInt64(run.upperBound) * Layer.cluster
             while position < end, !stopped {
@@ -214,7 +202,7 @@ extension LocalPool {
     }
 
     /// Writes the map of two layers in one.
-    private func writeUnion(
+    func writeUnion(
         _ directory: borrowing Directory, _ layer: Layer, _ file: String, _ files: Pair
     ) throws(BackendError) {
         let descriptor = try directory.open(file, O_RDWR | O_CREAT | O_EXCL)
@@ -224,7 +212,7 @@ extension LocalPool {
         if let lowerMap = files.lowerMap {
             try map.extend(to: Layer.headerSize + UInt64(files.clusters))
             for source in [lowerMap, files.upperMap] {
-                try source.forEachRun(files.clusters) { (run) throws(BackendError) in try map.mark(run) }
+                try source.forEachLasting(files.clusters) { (run) throws(BackendError) in try map.mark(run) }
             }
         } else {
             try map.extend(to: Layer.headerSize)

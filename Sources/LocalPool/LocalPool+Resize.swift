@@ -26,16 +26,15 @@ extension LocalPool {
     /// - Parameter data: its data file, locked.
     func grow(volume: String, data: Int32, readOnly: Bool, to size: UInt64?) throws(BackendError) -> VolumeRecord {
         let directory = try openDirectory()
+        if readOnly { return try describeReadOnly(directory, volume, growing: size) }
         let lock = try directory.lock()
         defer { Glibc.close(lock) }
-        if readOnly { return try describeReadOnly(directory, volume, growing: size) }
+        try recover(directory)
         return try grow(directory, volume, data, to: size)
     }
 
     func grow(_ opened: LayeredOpenVolume, to size: UInt64?) throws(BackendError) -> VolumeRecord {
         let directory = try openDirectory()
-        let lock = try directory.lock()
-        defer { Glibc.close(lock) }
         if opened.record.volume.contains("@") {
             guard size == nil else {
                 throw BackendError(
@@ -44,6 +43,9 @@ extension LocalPool {
             return opened.record
         }
         if opened.readOnly { return try describeReadOnly(directory, opened.record.volume, growing: size) }
+        let lock = try directory.lock()
+        defer { Glibc.close(lock) }
+        try recover(directory)
         return try grow(directory, opened, to: size)
     }
 
@@ -74,7 +76,13 @@ extension LocalPool {
             try mapFile.extend(to: Layer.headerSize + UInt64(Layer.clusters(size)))
             try synchronize(directory, opened.head.mapFile)
         }
-        try extendFirst(directory, opened.layers[0], to: size)
+        // By the description: another daemon may have merged layers below the head since.
+        if let first = try chain(directory, to: opened.head.id).first {
+            let descriptor = try directory.open(first.dataFile, O_RDONLY)
+            defer { Glibc.close(descriptor) }
+            let file = LayerFile(descriptor: descriptor, path: "\(path)/\(first.dataFile)")
+            try extendFirst(directory, first, file, to: size)
+        }
         try replaceDescription(directory, description)
         return description.record
     }
@@ -84,26 +92,32 @@ extension LocalPool {
     ) throws(BackendError) -> VolumeRecord {
         var description = try describe(directory, volume)
         let record = description.record
-        var status = stat()
-        fstat(data, &status)
-        let length = UInt64(clamping: status.st_size)
+        let file = LayerFile(descriptor: data, path: "\(path)/\(Self.data(volume))")
+        let length = try file.length()
         let size = wanted ?? max(record.size, length - length % UInt64(record.blockSize))
         if wanted == nil, size == record.size { return record }
         try record.checkGrowth(to: size, pool: name)
         try checkSize(size, volume)
-        let grown = record.resized(to: size)
-        let file = "\(path)/\(Self.data(volume))"
-        do throws(SystemError) {
+        description.record = record.resized(to: size)
+        do throws(BackendError) {
             if wanted != nil {
                 // What lies behind the end is not the volume's: it grows by zeros.
-                if length > record.size { try retrying("cut \(file)") { ftruncate(data, off_t(record.size)) } }
-                try retrying("make \(file) \(size) bytes long") { ftruncate(data, off_t(size)) }
+                try file.cut(to: record.size)
+                do throws(BackendError) { try file.extend(to: size) } catch { throw failed(volume, error) }
             }
-        } catch { throw failed(volume, error) }
-        try synchronize(directory, Self.data(volume))
-        description.record = grown
-        try replaceDescription(directory, description)
-        return grown
+            try synchronize(directory, Self.data(volume))
+            try putInPlace(directory, try draft(directory, description), of: description)
+        } catch {
+            if wanted != nil {
+                // Otherwise the volume would grow when somebody asks it to take over the size of its file.
+                do throws(BackendError) { try file.cut(to: record.size) } catch let left {
+                    report("\(name)/\(volume) has not grown, and its file stays longer than it: \(left.message)")
+                }
+            }
+            throw error
+        }
+        try directory.synchronize()
+        return description.record
     }
 
     /// Makes a file durable that may be flushed for clients meanwhile: as an open file of its own, which takes no failure
@@ -112,21 +126,5 @@ extension LocalPool {
         let own = try directory.open(file, O_RDONLY)
         defer { Glibc.close(own) }
         try LayerFile(descriptor: own, path: "\(path)/\(file)").synchronize()
-    }
-
-    /// Writes a volume's description anew, durably and at once.
-    func replaceDescription(
-        _ directory: borrowing Directory, _ description: VolumeDescription
-    ) throws(BackendError) {
-        let file = Self.description(description.record.volume)
-        let draft = Self.ours + file + Self.fresh
-        do {
-            try directory.write(description.encode(), to: draft)
-            try directory.rename(draft, to: file)
-        } catch {
-            try directory.remove(draft)
-            throw error
-        }
-        try directory.synchronize()
     }
 }

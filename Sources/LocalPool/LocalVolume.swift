@@ -14,6 +14,8 @@ final class LocalOpenVolume: OpenVolume {
     let hasFailed = Atomic<Bool>(false)
     var record: VolumeRecord { current.withLock { $0 } }
     var protocolName: String { "local" }
+    /// For error texts.
+    var path: String { "\(pool.path)/\(LocalPool.data(record.volume))" }
 
     init(pool: LocalPool, record: VolumeRecord, descriptor: Int32, readOnly: Bool) {
         self.pool = pool
@@ -37,26 +39,31 @@ final class LocalOpenVolume: OpenVolume {
     }
 
     func settle() throws(BackendError) {
-        if !readOnly { try LayerFile(descriptor: descriptor, path: record.volume).settle() }
+        if !readOnly { try LayerFile(descriptor: descriptor, path: path).settle() }
     }
 
     /// Makes everything durable, or never claims again that something is.
-    func synchronize() throws(BackendError) {
+    /// - Parameter file: the data, open as here, with a descriptor of its own or not.
+    func synchronize(_ file: LayerFile) throws(BackendError) {
         do throws(BackendError) {
             guard !hasFailed.load(ordering: .relaxed) else {
                 throw BackendError(
                     code: EIO,
                     message: "\(record.volume) could not be synchronised before; what was not flushed is uncertain")
             }
-            try LayerFile(descriptor: descriptor, path: record.volume).synchronize()
+            try file.synchronize()
         } catch {
             hasFailed.store(true, ordering: .relaxed)
             throw error
         }
     }
 
-    func reopen(after change: StoreChange) throws(BackendError) -> any OpenVolume {
-        try pool.reopen(.plain(self), after: change)
+    func failFlushes() { hasFailed.store(true, ordering: .relaxed) }
+
+    func prepare(
+        _ change: StoreChange, giveUp: () -> BackendError?
+    ) throws(BackendError) -> any PreparedChange {
+        try pool.prepare(change, of: .plain(self), giveUp: giveUp)
     }
 
     func close() { Glibc.close(descriptor) }
@@ -258,7 +265,11 @@ final class LocalVolume: Backend, FileCompletion {
 
     private func synchronizeCompleted(_ code: Int32) {
         // Whatever the reason was, it does not help to remove it.
-        if code != 0 { flushError = EIO }
+        // A snapshot that was given up may have seen it fail meanwhile.
+        if code != 0 || volume.hasFailed.load(ordering: .relaxed) {
+            flushError = EIO
+            client.flushesFail()
+        }
         flushed(flushError)
     }
 

@@ -24,7 +24,7 @@ package final class MemoryPool: VolumePool {
         }
     }
 
-    package func delete(volume: String, snapshots: Bool) throws(BackendError) {
+    package func delete(volume: String, snapshots: Bool, force: Bool) throws(BackendError) {
         try volumes.withLock { (volumes) throws(BackendError) in
             guard let store = volumes[volume] else { throw missing(volume) }
             guard store.users.load(ordering: .relaxed) == 0 else { throw busy(volume) }

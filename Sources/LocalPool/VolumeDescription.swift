@@ -102,8 +102,13 @@ struct KeyValueLines {
 
     func values(_ key: Substring) -> [Substring] { lines.filter { $0.key == key }.map(\.value) }
 
-    func number(_ key: Substring) throws(BackendError) -> UInt64 {
+    func text(_ key: Substring) throws(BackendError) -> Substring {
         guard let value = values(key).last else { throw damaged("\(key) is missing") }
+        return value
+    }
+
+    func number(_ key: Substring) throws(BackendError) -> UInt64 {
+        let value = try text(key)
         guard let number = parsed(value) else { throw damaged("the value of \(key.prefix(64)) is not a number") }
         return number
     }
@@ -111,7 +116,7 @@ struct KeyValueLines {
     func damaged(_ what: String) -> BackendError { Self.damaged(file, what) }
 
     private static func damaged(_ file: String, _ what: String) -> BackendError {
-        BackendError(code: 5, message: "\(file) is damaged: \(what); restore it, or move it and the volume's data away")
+        BackendError(code: 5, message: "\(file) is damaged: \(what); restore it, or delete the volume with --force")
     }
 }
 

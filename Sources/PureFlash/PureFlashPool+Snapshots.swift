@@ -31,7 +31,7 @@ extension PureFlashPool: SnapshotPool {
     }
 
     /// Nothing is left over here.
-    package func tidy(stop: () -> Bool) -> Bool { false }
+    package func tidy(stop: () -> Bool) -> TidyOutcome { TidyOutcome() }
 
     private func missing(_ what: String, _ instead: String) -> BackendError {
         BackendError(

@@ -30,7 +30,7 @@ package final class PureFlashPool: VolumePool {
     }
 
     /// Its snapshots go with it, or hinder it, as the conductor does.
-    package func delete(volume: String, snapshots: Bool) throws(BackendError) {
+    package func delete(volume: String, snapshots: Bool, force: Bool) throws(BackendError) {
         try conductor.delete(tenant: name, volume: volume)
     }
 

@@ -41,12 +41,13 @@ final class StorePool: Sendable {
     /// The address of the conductor's own store, which serves volumes that were made without a conductor.
     private let own: String
 
-    init(_ configuration: PoolConfiguration, own: String) {
+    /// - Parameter report: takes lines for the log, on any thread.
+    init(_ configuration: PoolConfiguration, own: String, report: @escaping @Sendable (String) -> Void) {
         self.own = own
         name = configuration.name
         switch configuration.kind {
         case .local(let path):
-            volumes = LocalPool(name: configuration.name, path: path)
+            volumes = LocalPool(name: configuration.name, path: path, report: report)
             self.path = path
         default:
             volumes = MemoryPool(name: configuration.name)

@@ -52,7 +52,9 @@ package final class StoreServer: Sendable {
     package init(_ settings: Settings, logger: Logger) async throws(BackendError) {
         let faults = settings.allowFaults ? Faults() : nil
         let pools = Dictionary(
-            uniqueKeysWithValues: settings.pools.map { ($0.name, StorePool($0, own: settings.address)) })
+            uniqueKeysWithValues: settings.pools.map { pool in
+                (pool.name, StorePool(pool, own: settings.address) { logger.warning("\($0)") })
+            })
         do throws(SystemError) {
             let node = StoreNode(
                 address: settings.address, pools: pools, durable: settings.durable, faults: faults,

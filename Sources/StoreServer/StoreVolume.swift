@@ -232,11 +232,27 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
         if !snapshots.isEmpty { snapshotTimer?.arm(after: Self.snapshotTime.1) }
     }
 
-    /// Makes a snapshot of all that was acknowledged; commands wait meanwhile.
+    /// Seconds that commands may be held back for a snapshot.
+    private static let holdLimit: UInt64 = 15
+
+    /// Makes a snapshot of all that was acknowledged; commands wait meanwhile, for a limited time.
     func makeSnapshot(_ name: String) async throws(BackendError) {
         let old = opened
-        // While I/O still runs, so that less is left for the pause.
+        // While I/O still runs, so that less is left for the pause; and before the pool is locked, for others' sake.
         try await Aside.run { () throws(BackendError) in try old.settle() }
+        let prepared = try await old.prepare(.snapshot(name), Patience())
+        var failure: BackendError?
+        do throws(BackendError) {
+            try await Aside.run { () throws(BackendError) in try old.settle() }
+            try await exchange(old, prepared)
+        } catch { failure = error }
+        do throws(BackendError) {
+            try await Aside.run { () throws(BackendError) in try prepared.finish() }
+        } catch { failure = failure ?? error }
+        if let failure { throw failure }
+    }
+
+    private func exchange(_ old: any OpenVolume, _ prepared: any PreparedChange) async throws(BackendError) {
         await withCheckedContinuation { continuation in
             let accepted = loop.post { [self] in
                 isHeld = true
@@ -251,15 +267,16 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
         }
         var failure: BackendError?
         var next = old
-        do throws(BackendError) {
-            next = try await Aside.run { () throws(BackendError) in try old.reopen(after: .snapshot(name)) }
-        } catch { failure = error }
+        do throws(BackendError) { next = try await prepared.apply(within: Self.holdLimit, self.name) } catch {
+            failure = error
+        }
         let now = next
         let notStarted = await loop.call { [self] () -> BackendError? in
             defer {
                 isHeld = false
                 runDelayed()
             }
+            if now === old { old.changeGivenUp() }
             do throws(BackendError) {
                 try startBackend(now)
                 putLast()

@@ -81,7 +81,7 @@ final class MappingStore: Sendable {
                 code: EBUSY,
                 message: "another qbdd runs with the state folder \(path); stop it, or name another one with --state")
         }
-        if directory.exists("id"), let text = String(validating: try directory.read("id"), as: UTF8.self),
+        if try directory.exists("id"), let text = String(validating: try directory.read("id"), as: UTF8.self),
             let number = UInt32(text.prefix { $0 != "\n" }, radix: 16)
         {
             id = number

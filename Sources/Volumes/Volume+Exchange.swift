@@ -1,28 +1,67 @@
 import Backend
 import EventLoop
 import Glibc
+import Synchronization
 
 extension Volume {
     /// Seconds until requests in flight are given up waiting for.
     private static let exchangeTimeout: UInt64 = 30
 
+    /// Seconds that the change itself may take then.
+    private static let changeTimeout: UInt64 = 15
+    /// Seconds that a command waits for the clearing up after it, which goes on by itself.
+    private static let clearingTimeout: UInt64 = 30
+
     /// Has the store changed while nothing is in flight at it, and goes on with what it is then. Clients see a pause.
     ///
-    /// When the change fails, the volume goes on as before. When its store cannot be started again after it, all I/O
-    /// fails with EIO until the volume is mapped anew.
+    /// What may have to be waited for comes before the pause, and ends when `cancelSuspend` is called; the pause has a
+    /// limit. When the change fails, the volume goes on as before. When its store cannot be started again after it, all
+    /// I/O fails with EIO until the volume is mapped anew.
     /// - Parameter blocking: closes what was there, where there can be no thread for that alone.
     func exchangeStore(_ change: StoreChange, on blocking: BlockingThread) async throws(BackendError) {
         let old = opened
-        // While I/O still runs, so that less is left for the pause.
-        try await Aside.run { () throws(BackendError) in try old.settle() }
+        let patience = Patience()
+        exchanging.withLock { $0 = patience }
+        defer { exchanging.withLock { $0 = nil } }
+        // While I/O still runs, so that less is left for the pause; and before the pool is locked, for others' sake.
+        try await Aside.run {
+            patience.reason
+        } _: { () throws(BackendError) in
+            try old.settle()
+        }
+        let prepared = try await old.prepare(change, patience)
+        let failure: BackendError?
+        do throws(BackendError) {
+            try await Aside.run {
+                patience.reason
+            } _: { () throws(BackendError) in
+                try old.settle()
+            }
+            try await exchangeHeld(prepared, old, on: blocking)
+            failure = nil
+        } catch { failure = error }
+        let ending = Mutex<BackendError?>(nil)
+        let clearing = Task {
+            do throws(BackendError) {
+                try await Aside.run { () throws(BackendError) in try prepared.finish() }
+            } catch { ending.withLock { $0 = error } }
+        }
+        _ = await clearing.isDone(within: Self.clearingTimeout)
+        if let error = failure ?? ending.withLock({ $0 }) { throw error }
+    }
+
+    private func exchangeHeld(
+        _ prepared: any PreparedChange, _ old: any OpenVolume, on blocking: BlockingThread
+    ) async throws(BackendError) {
         guard let (state, since) = await loop.call({ [self] in (gate.state, gate.since) }) else { throw isStopping }
         if state != .suspended { try await suspend(timeout: Self.exchangeTimeout) }
         _ = await loop.call { [self] in store?.close() }
         var failure: BackendError?
         var new: (any OpenVolume)?
-        do throws(BackendError) {
-            new = try await Aside.run { () throws(BackendError) in try old.reopen(after: change) }
-        } catch { failure = error }
+        do throws(BackendError) { new = try await prepared.apply(within: Self.changeTimeout, name) } catch {
+            failure = error
+            _ = await loop.call { old.changeGivenUp() }
+        }
         let next = new ?? old
         let notStarted = await loop.call { [self] in startStore(next) }
         if new != nil {

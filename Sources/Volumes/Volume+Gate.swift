@@ -34,8 +34,10 @@ extension Volume {
         if let failure { throw failure }
     }
 
-    /// Ends a suspend that is still waiting, as if its time had passed. From any thread.
+    /// Ends a suspend that is still waiting, as if its time had passed, and what waits before it holds I/O back. From any
+    /// thread.
     func cancelSuspend(_ reason: BackendError) {
+        exchanging.withLock { $0?.lose(reason) }
         loop.post { [self] in endPendingSuspend(reason) }
     }
 

@@ -16,6 +16,8 @@ package final class Volume: SessionTarget, BackendClient, TurnObserver, @uncheck
     /// Another one after a change of the store.
     var opened: any OpenVolume { currentlyOpened.withLock { $0 } }
     let currentlyOpened: Mutex<any OpenVolume>
+    /// Ends what a change of the store waits for before it holds I/O back; nil when there is none.
+    let exchanging = Mutex<Patience?>(nil)
     let loop: EventLoop
     /// As many as a session can hold of a backend that takes 64 KiB at a time: what one client does not take is no other
     /// one's loss. Memory of those that are never used is never touched.

@@ -88,6 +88,9 @@ extension VolumeManager {
     /// Rounds of one task: a volume that is written to faster than its layers are merged is left for the next time.
     private static let tidyingRounds = 6
 
+    /// Seconds after which a pool is looked at again in which something is left to be done.
+    private static let tidyingPause: UInt64 = 300
+
     /// Merges in the background what deleted snapshots have left, also what an earlier daemon began.
     package func tidy(_ pool: any VolumePool) {
         guard let pool = pool as? any SnapshotPool else { return }
@@ -97,43 +100,65 @@ extension VolumeManager {
             return state.tidying[id] != nil
         }
         guard !isRunning else { return }
-        Task {
+        Task { [weak pool] in
+            var problem: String?
+            var isLeft = false
             repeat {
-                do throws(BackendError) { try await tidyNow(pool) } catch {
-                    logger.error(
-                        "layers of deleted snapshots are not merged: \(error.message)",
-                        metadata: ["pool": "\(pool.name)"])
+                guard let pool else { return }
+                do throws(BackendError) { isLeft = try await tidyNow(pool) } catch {
+                    isLeft = true
+                    if problem != error.message {
+                        logger.error(
+                            "layers of deleted snapshots are not merged, tried again: \(error.message)",
+                            metadata: ["pool": "\(pool.name)"])
+                    }
+                    problem = error.message
                 }
-            } while tidyAgain(id)
+            } while await tidyAgain(id, isLeft: isLeft)
         }
     }
 
-    private func tidyAgain(_ id: ObjectIdentifier) -> Bool {
-        state.withLock { state in
-            let again = state.tidying[id] == true && !state.stopping
-            state.tidying[id] = again ? false : nil
-            return again
+    /// Whether there is something to be done, at once or after a pause.
+    private func tidyAgain(_ id: ObjectIdentifier, isLeft: Bool) async -> Bool {
+        let pauses = isLeft ? Self.tidyingPause : 0
+        for _ in 0...pauses {
+            let again = state.withLock { state -> Bool? in
+                let asked = state.tidying[id] == true
+                guard !state.stopping, asked || isLeft else {
+                    state.tidying[id] = nil
+                    return false
+                }
+                if asked { state.tidying[id] = false }
+                return asked ? true : nil
+            }
+            if let again { return again }
+            await wait(nanoseconds: 1_000_000_000)
         }
+        return true
     }
 
-    private func tidyNow(_ pool: any SnapshotPool) async throws(BackendError) {
+    /// - Returns: whether something is left that only time helps.
+    private func tidyNow(_ pool: any SnapshotPool) async throws(BackendError) -> Bool {
         for _ in 0..<Self.tidyingRounds {
-            var changed = try await copying.run { [self] () throws(BackendError) in
+            var outcome = try await copying.run { [self] () throws(BackendError) in
                 try pool.tidy { state.withLock { $0.stopping } }
             }
             for name in state.withLock({ state in state.mappings.filter { $0.value.pool === pool }.keys.sorted() }) {
                 let done = try await names.run(name) { [self] () throws(BackendError) in try await tidyMapped(name) }
-                changed = done || changed
+                outcome.changed = done || outcome.changed
             }
-            if !changed || state.withLock({ $0.stopping }) { return }
+            if state.withLock({ $0.stopping }) { return false }
+            if !outcome.changed { return outcome.isLeft }
         }
+        return true
     }
 
     /// - Returns: whether there was something to do.
     private func tidyMapped(_ name: String) async throws(BackendError) -> Bool {
         guard let volume = mapping(name)?.volume, !state.withLock({ $0.stopping }) else { return false }
         let opened = volume.opened
-        guard let change = await BlockingThread.always(on: blocking, { opened.dueChange }) else { return false }
+        let due = try await Aside.run { () throws(BackendError) in try opened.dueChange() }
+        guard let change = due else { return false }
         try await volume.exchangeStore(change, on: blocking)
         return true
     }

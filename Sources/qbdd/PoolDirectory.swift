@@ -117,7 +117,9 @@ actor PoolDirectory {
         let key = Key(config: path, pool: described)
         if let pool = pools[key] ?? clusterPools[key]?.pool { return pool }
         switch described.kind {
-        case .local(let folder): return remember(LocalPool(name: name, path: folder), key)
+        case .local(let folder):
+            return remember(
+                LocalPool(name: name, path: folder) { [logger] line in logger.warning("\(line)") }, key)
         case .memory: return remember(MemoryPool(name: name), key)
         case .pureFlash(let zookeeper, let conductor, let client):
             let pool = PureFlashPool(

@@ -23,7 +23,7 @@ private func code(_ body: () throws(BackendError) -> Void) -> Int32 {
         _ = try pool.create(volume: "disk", size: 100_352, blockSize: 512)
     }
 
-    private func tidy() throws { while try pool.tidy(stop: { false }) {} }
+    private func tidy() throws { while try pool.tidy(stop: { false }).changed {} }
 
     @Test func aSnapshotPutsALayerOnTheData() throws {
         let snapshot = try pool.createSnapshot(volume: "disk", snapshot: "s")
@@ -58,11 +58,15 @@ private func code(_ body: () throws(BackendError) -> Void) -> Int32 {
         #expect(code { () throws(BackendError) in try pool.rollback(volume: "disk", snapshot: "s") } == EBUSY)
         #expect(code { () throws(BackendError) in _ = try pool.createSnapshot(volume: "disk", snapshot: "t") } == EBUSY)
         try pool.deleteSnapshot(volume: "disk", snapshot: "s")
-        #expect(try !pool.tidy(stop: { false }), "the head is open")
-        #expect(writer.dueChange == .tidy)
-        let tidied = try writer.reopen(after: .tidy)
+        let outcome = try pool.tidy(stop: { false })
+        #expect(!outcome.changed, "the head is open")
+        #expect(outcome.isLeft)
+        #expect(try writer.dueChange() == .tidy)
+        let change = try writer.prepare(.tidy) { nil }
+        let tidied = try change.apply(Hold())
         writer.close()
-        #expect(tidied.dueChange == nil)
+        try change.finish()
+        #expect(try tidied.dueChange() == nil)
         tidied.close()
         #expect(directory.names == Self.plain)
     }

@@ -46,6 +46,10 @@ static inline int qbd_openat(int dir, const char *path, int flags, mode_t mode) 
 
 // fcntl(2) is variadic.
 static inline int qbd_duplicate(int fd) { return fcntl(fd, F_DUPFD_CLOEXEC, 0); }
+static inline int qbd_set_flags(int fd, int flags) { return fcntl(fd, F_SETFL, flags); }
+
+// renameat2(2) with RENAME_NOREPLACE, which need _GNU_SOURCE.
+int qbd_rename_new(int old_dir, const char *old_path, int new_dir, const char *new_path);
 
 // epoll_data_t is a union in a packed struct; epoll_pwait2 takes nanoseconds (Linux 5.11).
 static inline int qbd_epoll_ctl(int epfd, int op, int fd, uint32_t events, uint64_t data) {
@@ -98,6 +102,13 @@ static inline int qbd_socket_unread(int fd) {
 }
 static inline int qbd_blkrrpart(int fd) { return ioctl(fd, BLKRRPART); }
 static inline int qbd_blkflsbuf(int fd) { return ioctl(fd, BLKFLSBUF, 0); }
+// Of an empty file, where the file system knows that (btrfs).
+static inline void qbd_write_in_place(int fd) {
+    int flags = 0;
+    if (ioctl(fd, FS_IOC_GETFLAGS, &flags) != 0) return;
+    flags |= FS_NOCOW_FL;
+    ioctl(fd, FS_IOC_SETFLAGS, &flags);
+}
 static inline int qbd_blkroset(int fd, int read_only) { return ioctl(fd, BLKROSET, &read_only); }
 
 // prctl(2) is variadic.
