@@ -222,7 +222,7 @@ static int folder_count;
 static int normalise(const char *path, char *to, size_t capacity) {
     // Read by the C library and by Swift's, which have to live with it.
     size_t all = strlen(path);
-    if (strncmp(path, "/sys/devices/system/", 20) == 0 || strncmp(path, "/proc/sys/", 10) == 0 ||
+    if (strncmp(path, "/sys/devices/system/", 20) == 0 || strncmp(path, "/proc/sys/vm/", 13) == 0 ||
         (strncmp(path, "/proc/", 6) == 0 && all > 5 && strcmp(path + all - 5, "/maps") == 0))
         return 0;
     for (int i = 0; i < folder_count; i++) {

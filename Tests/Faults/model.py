@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import pathlib
-import re
 
 BLOCK = 512
 
@@ -101,9 +100,6 @@ class State:
 
 # Files of a pool
 
-IDENTIFIER = re.compile(r"0x[0-9a-f]+|\d+")
-
-
 def numbers(text, key):
     return [int(line.split("=", 1)[1].split()[0], 0) for line in text.splitlines() if line.startswith(key + " =")]
 
@@ -144,11 +140,12 @@ def files_of(pool, volumes):
 
 
 def leftovers(pool):
-    """Files of a pool that belong to no volume, and have not been moved aside either."""
-    needed = {"~lock"}
+    """Files of a pool that belong to no volume, and have not been moved aside either, to go a while later."""
+    needed = {"~lock", "~spare"}
     for description in pool.glob("*.volume"):
         if description.name.startswith("~"):
             continue
         name = description.name.removesuffix(".volume")
         needed |= {description.name, f"{name}.raw"} | layers_of(pool, description)
-    return sorted(path.name for path in pool.iterdir() if path.name not in needed)
+    names = (path.name for path in pool.iterdir())
+    return sorted(name for name in names if name not in needed and not name.startswith("~aside-"))

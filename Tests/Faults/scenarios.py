@@ -11,6 +11,7 @@ import errno
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ import nbd
 from model import BLOCK, Disk, State, Volume, files_of, leftovers
 from tracer import TracedDaemon, threads
 
-from harness import QBD, DISASTER, Daemon, KiB, MiB, environment, run, wait_for
+from harness import QBD, Daemon, KiB, MiB, environment, run, wait_for
 
 CLUSTER = 64 * KiB
 # No whole cluster, so that all of their ends are met.
@@ -31,6 +32,10 @@ SIZE = 10 * CLUSTER + 5 * BLOCK
 NEIGHBOURS = ("n1", "n2", "nc")
 # Seconds a command or a request may take.
 PATIENCE = 20
+
+
+# As in the harness, where no text speaks of crashes.
+DISASTER = re.compile(r"fatal|crashed|sanitizer|runtime error|stack dump", re.IGNORECASE)
 
 
 class Wrong(Exception):
