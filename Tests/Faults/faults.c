@@ -345,6 +345,13 @@ static int is_wanted(const char *key) {
     return control->hit == 0 && strcmp(numbered, control->key) == 0;
 }
 
+// Whether fstatat(2) is asked about a descriptor, as fstat(3) does.
+static int is_fstat(pid_t tid, const struct user_regs_struct *registers) {
+    char first = 0;
+    if (registers->orig_rax != SYS_newfstatat || !(registers->r10 & AT_EMPTY_PATH)) return 0;
+    return registers->rsi == 0 || (read_memory(tid, registers->rsi, &first, 1) == 0 && first == 0);
+}
+
 static const char *detail(const struct call *call, const struct user_regs_struct *registers) {
     static char text[64];
     switch (call->number) {
@@ -375,21 +382,19 @@ static const char *detail(const struct call *call, const struct user_regs_struct
 // Returns 0 when the call is none of ours.
 static int key_of(pid_t tid, const struct call *call, const struct user_regs_struct *registers, char *key) {
     char path[8192], normal[KEY - 64];
+    const char *name = call->name;
     switch (call->kind) {
-    case RING: snprintf(key, KEY, "%s -", call->name); return 1;
+    case RING: snprintf(key, KEY, "%s -", name); return 1;
     case BY_FD:
         if (call->number == SYS_mmap && (registers->r10 & MAP_ANONYMOUS)) return 0;
         if (path_of_descriptor(tid, (int)argument(registers, call->folder), path, sizeof(path)) != 0) return 0;
         break;
     case BY_PATH:
     case TWO_PATHS:
-        if (call->number == SYS_newfstatat || call->number == SYS_statx) {
-            // fstat(3) of a descriptor may have no path at all.
-            uint64_t flags = call->number == SYS_statx ? registers->rdx : registers->r10;
-            if ((flags & AT_EMPTY_PATH) && registers->rsi == 0) {
-                if (path_of_descriptor(tid, (int)registers->rdi, path, sizeof(path)) != 0) return 0;
-                break;
-            }
+        if (is_fstat(tid, registers)) {
+            if (path_of_descriptor(tid, (int)registers->rdi, path, sizeof(path)) != 0) return 0;
+            name = "fstat";
+            break;
         }
         if (path_of_argument(tid, registers, call->folder, call->folder + 1, path, sizeof(path)) != 0) return 0;
         break;
@@ -400,9 +405,9 @@ static int key_of(pid_t tid, const struct call *call, const struct user_regs_str
         char second[8192], normal_second[KEY / 2] = "?";
         if (path_of_argument(tid, registers, folder, folder < 0 ? 1 : 3, second, sizeof(second)) == 0)
             normalise(second, normal_second, sizeof(normal_second));
-        snprintf(key, KEY, "%s %.240s>%.200s", call->name, normal, normal_second);
+        snprintf(key, KEY, "%s %.240s>%.200s", name, normal, normal_second);
     } else {
-        snprintf(key, KEY, "%s%s %.400s", call->name, detail(call, registers), normal);
+        snprintf(key, KEY, "%s%s %.400s", name, detail(call, registers), normal);
     }
     return 1;
 }
