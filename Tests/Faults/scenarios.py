@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import errno
 import os
-import pathlib
 import random
 import re
 import shutil
@@ -31,7 +30,7 @@ SIZE = 10 * CLUSTER + 5 * BLOCK
 # Volumes that no scenario touches.
 NEIGHBOURS = ("n1", "n2", "nc")
 # Seconds a command or a request may take.
-PATIENCE = 20
+PATIENCE = 30
 
 
 # As in the harness, where no text speaks of crashes.

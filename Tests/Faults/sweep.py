@@ -11,6 +11,7 @@ Needs root or the right to trace, the built programs (QBD_BIN_DIR) and the built
 import argparse
 import collections
 import concurrent.futures
+import dataclasses
 import json
 import os
 import pathlib
@@ -31,7 +32,7 @@ import tracer  # noqa: E402
 from scenarios import SCENARIOS, Case, Run, Template, Wrong  # noqa: E402
 
 # Seconds after which a case hangs.
-LIMIT = 90
+LIMIT = 120
 
 # What can happen to a call, the usual first.
 ERRORS = {
@@ -108,6 +109,26 @@ def cases_of(keys):
                 yield Case("kill-after", "-", key)
 
 
+@dataclasses.dataclass
+class Failure:
+    scenario: object
+    case: Case
+    text: str
+    # Of two tries.
+    times: int = 1
+
+
+@dataclasses.dataclass
+class Running:
+    scenario: object
+    case: Case
+    missed: int
+    failure: Failure
+    reader: int
+    folder: str
+    started: float
+
+
 class Sweep:
     def __init__(self, root, jobs):
         self.root = root
@@ -141,64 +162,69 @@ class Sweep:
 
     # Cases run as processes of their own: what hangs, or dies in a library, is that case's.
 
-    def start(self, scenario, case, tries=0):
+    def start(self, scenario, case, missed=0, failure=None):
+        """Runs a case; `missed` times it did not meet its fault, or `failure` is how it failed."""
         template = self.template(scenario)
         reader, writer = os.pipe()
         folder = tempfile.mkdtemp(prefix="c-", dir=self.root)
         pid = os.fork()
         if pid == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.setsid()
             os.close(reader)
-            result = {"status": "failed", "text": "?"}
             try:
-                result = perform(scenario, template, case, folder)
+                status, text = perform(scenario, template, case, folder)
             except BaseException:
-                result["text"] = traceback.format_exc()
+                status, text = "failed", traceback.format_exc()
             with os.fdopen(writer, "w") as pipe:
-                json.dump(result, pipe)
+                # What a pipe takes, since nobody reads it before the end.
+                json.dump([status, text[:16384]], pipe)
             os._exit(0)
         os.close(writer)
-        self.running[pid] = (scenario, case, tries, reader, folder, time.monotonic())
+        self.running[pid] = Running(scenario, case, missed, failure, reader, folder, time.monotonic())
 
     def wait(self):
         """Waits until one has ended, and takes what it says."""
         while True:
             pid, _ = os.waitpid(-1, os.WNOHANG)
             if pid in self.running:
-                return self.ended(pid)
-            for pid, (_, _, _, _, folder, started) in list(self.running.items()):
-                if time.monotonic() - started > LIMIT:
-                    text = hung(folder)
+                return self.ended(self.running.pop(pid))
+            for pid, running in self.running.items():
+                if time.monotonic() - running.started > LIMIT:
+                    text = hung(running.folder)
                     os.killpg(pid, signal.SIGKILL)
                     os.waitpid(pid, 0)
-                    return self.ended(pid, text)
+                    return self.ended(self.running.pop(pid), text)
             time.sleep(0.003)
 
-    def ended(self, pid, hang=None):
-        scenario, case, tries, reader, folder, started = self.running.pop(pid)
-        with os.fdopen(reader) as pipe:
-            text = "" if hang else pipe.read()
-        result = json.loads(text) if text else {"status": "failed", "text": hang or "the test itself died"}
-        shutil.rmtree(folder, ignore_errors=True)
+    def ended(self, running, hang=None):
+        scenario, case = running.scenario, running.case
+        with os.fdopen(running.reader) as pipe:
+            said = "" if hang else pipe.read()
+        status, text = json.loads(said) if said else ("failed", hang or "the test itself died")
+        shutil.rmtree(running.folder, ignore_errors=True)
         counts = self.counts[scenario.name]
-        counts["seconds"] += time.monotonic() - started
-        if result["status"] == "missed" and tries < 2 or result["status"] == "failed" and tries == 0:
-            # Some calls are made at another moment each time. And a failure that comes each time is another thing than one
-            # that comes now and then.
-            if result["status"] == "failed":
-                self.failures.append([scenario.name, case, result["text"], 1])
-                counts["failed"] += 1
-                self.start(scenario, case, 10)
-            else:
-                self.start(scenario, case, tries + 1)
-            return
-        if tries == 10:
-            if result["status"] == "failed":
-                for failure in self.failures:
-                    if failure[:2] == [scenario.name, case]:
-                        failure[3] += 1
-            return
-        counts[result["status"]] += 1
+        counts["seconds"] += time.monotonic() - running.started
+        if running.failure:
+            if status == "failed":
+                running.failure.times += 1
+        elif status == "failed":
+            counts["failed"] += 1
+            failure = Failure(scenario, case, text)
+            self.failures.append(failure)
+            # One that comes each time is another thing than one that comes now and then.
+            self.start(scenario, case, failure=failure)
+        elif status == "missed" and running.missed < 2:
+            # Some calls are made at another moment each time.
+            self.start(scenario, case, missed=running.missed + 1)
+        else:
+            counts[status] += 1
+
+    def stop(self):
+        """Ends what is running, with the daemons."""
+        for pid in self.running:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
     def perform(self, cases):
         """All of them, some at a time, until the deadline."""
@@ -225,13 +251,12 @@ class Recording:
 
 
 def perform(scenario, template, case, folder):
-    run = None
+    """What came of a case, `ok`, `missed` or `failed`, and the text."""
+    run = Run(scenario, template, case, folder)
     try:
-        run = Run(scenario, template, case, folder)
-        return {"status": "ok" if run.execute() else "missed", "text": ""}
+        return ("ok" if run.execute() else "missed"), ""
     except Wrong as wrong:
-        story = "".join(f"\n      {line}" for line in run.story[-8:])
-        return {"status": "failed", "text": f"{wrong}{story}"}
+        return "failed", "\n      ".join([str(wrong), *run.story[-8:]])
 
 
 def hung(folder):
@@ -273,7 +298,7 @@ def main():
     parser.add_argument("--seed", type=int, help="which part; the number of commits if not given")
     parser.add_argument("--only", action="append", metavar="SCENARIO", choices=list(SCENARIOS))
     parser.add_argument("--case", action="append", metavar="CASE", help="as failures name them")
-    parser.add_argument("--match", metavar="WORD", help="cases that have this in their name")
+    parser.add_argument("--match", action="append", metavar="WORD", help="cases that have this in their name")
     parser.add_argument("--list", action="store_true", help="print the cases and do nothing")
     parser.add_argument("--jobs", type=int, default=3, help="cases at a time; each of them waits a third of its time")
     parser.add_argument("--root", default="/tmp", help="a folder of the file system to try; a short path")
@@ -286,14 +311,16 @@ def main():
         return 0
     started = time.monotonic()
     root = tempfile.mkdtemp(prefix="qf-", dir=arguments.root)
+    runner = Sweep(root, arguments.jobs)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        return sweep(arguments, root, started)
+        return sweep(arguments, runner, started)
     finally:
+        runner.stop()
         shutil.rmtree(root, ignore_errors=True)
 
 
-def sweep(arguments, root, started):
-    runner = Sweep(root, arguments.jobs)
+def sweep(arguments, runner, started):
     if arguments.budget:
         runner.deadline = started + arguments.budget
         seed = default_seed() if arguments.seed is None else arguments.seed
@@ -310,7 +337,8 @@ def sweep(arguments, root, started):
             cases = [Case.parse(text) for text in arguments.case]
         else:
             cases = list(cases_of(keys[index]))
-        cases = [case for case in cases if not arguments.match or arguments.match in str(case)]
+        if arguments.match:
+            cases = [case for case in cases if any(word in str(case) for word in arguments.match)]
         groups.append((scenario, cases))
     print(f"{sum(len(cases) for _, cases in groups)} cases in {len(groups)} scenarios,"
           f" recorded in {time.monotonic() - started:.0f} s", flush=True)  # fmt: skip
@@ -345,12 +373,12 @@ def report(runner, name):
         return
     print(f"{name:28} {counts['ok']:5} ok {counts['failed']:4} failed {counts['missed']:4} not met"
           f" {counts['left']:5} left out {counts['seconds']:6.0f} s", flush=True)  # fmt: skip
-    for scenario, case, text, times in runner.failures:
-        if scenario == name:
-            print(f"  {case}: {text}")
-            if times == 1:
+    for failure in runner.failures:
+        if failure.scenario.name == name:
+            print(f"  {failure.case}: {failure.text}")
+            if failure.times == 1:
                 print("      (not the second time)")
-            print(f"      again: Tests/Faults/sweep.py --only {scenario} --case '{case}'", flush=True)
+            print(f"      again: Tests/Faults/sweep.py --only {name} --case '{failure.case}'", flush=True)
 
 
 if __name__ == "__main__":
