@@ -153,6 +153,17 @@ test-address test-thread: test-%:
 	@$(NEED_TESTS)
 	PYTHON=$(PYTHON) scripts/sanitize.sh $* $(PYTEST)
 
+# Each system call of the daemon that touches a file fails in turn, and kills it. Not with a build of their own.
+.PHONY: faults faults-short
+faults: .build/faults ## Fail each system call of the daemon in turn, and kill it at each change (FAULTS="--only create")
+	QBD_BIN_DIR=$(BIN) $(PYTHON) Tests/Faults/sweep.py $(or $(FAULTS),--all)
+faults-short: .build/faults
+	QBD_BIN_DIR=$(BIN) $(PYTHON) Tests/Faults/sweep.py --budget 150
+
+.build/faults: Tests/Faults/faults.c
+	@mkdir -p $(@D)
+	cc -std=c11 -O2 -Wall -Wextra -Werror -o $@ $<
+
 .PHONY: check check-format check-man
 check: check-format check-man ## Format of the Swift sources, and the man pages
 check-format:
