@@ -36,14 +36,14 @@ class Blocks:
     def __init__(self, size):
         self.now = [(0,)] * (size // BLOCK)
         self.kept = [(0,)] * (size // BLOCK)
-        # What the last look found, and the clusters that were written to since.
-        self.image = bytes(size)
-        self.touched = set()
+        # What they hold, those apart that may hold more than one thing.
+        self.image = bytearray(size)
+        self.uncertain = set()
 
     def snapshot(self):
         """All of it lasts as soon as it is there."""
         other = Blocks(0)
-        other.now, other.image, other.touched = list(self.now), self.image, set(self.touched)
+        other.now, other.image, other.uncertain = list(self.now), self.image[:], set(self.uncertain)
         other.kept = other.now
         return other
 
@@ -53,12 +53,14 @@ class Blocks:
             self.now[block] += (number,)
             if self.kept is not self.now:
                 self.kept[block] += (number,)
-        self.touched.update(block * BLOCK // CLUSTER for block in (*blocks[:: CLUSTER // BLOCK], blocks[-1]))
+        self.uncertain.update(blocks)
 
-    def hold(self, number, blocks):
+    def hold(self, number, blocks, data):
         """It was acknowledged."""
         for block in blocks:
             self.now[block] = (number,)
+        self.uncertain.difference_update(blocks)
+        self.image[blocks.start * BLOCK : blocks.stop * BLOCK] = data
 
     def keep(self, number, block):
         """It was flushed, or one after it was."""
@@ -74,25 +76,29 @@ class Blocks:
         """Fails unless every block of the volume's data may be there; from then on it is what was found."""
         assert len(data) == len(self.image), f"its size is {len(data)}, not {len(self.image)}"
         allowed = self.kept if after_power_cut else self.now
-        for cluster in range(len(data) // CLUSTER):
-            part = slice(cluster * CLUSTER, (cluster + 1) * CLUSTER)
-            if cluster not in self.touched and data[part] == self.image[part]:
-                continue
-            for block in range(part.start // BLOCK, part.stop // BLOCK):
-                found = number_of(data[block * BLOCK : (block + 1) * BLOCK], block)
-                number = next((one for one in reversed(allowed[block]) if max(0, one) == found), None)
-                assert number is not None, (
-                    f"block {block} (cluster {cluster}) holds {found or 'zeros'}, allowed are {allowed[block]} "
-                    f"(now {self.now[block]}, kept {self.kept[block]})"
-                )
-                self.now[block] = (number,)
-                if number in self.kept[block]:
-                    # Those after it never happened.
-                    self.kept[block] = self.kept[block][: self.kept[block].index(number) + 1]
-        if after_power_cut:
-            self.kept = self.now if self.kept is self.now else list(self.now)
-        self.image = data
-        self.touched.clear()
+        for block in sorted(self.uncertain.union(self._differing(data))):
+            found = number_of(data[block * BLOCK : (block + 1) * BLOCK], block)
+            number = next((one for one in reversed(allowed[block]) if max(0, one) == found), None)
+            assert number is not None, (
+                f"block {block} (cluster {block * BLOCK // CLUSTER}) holds {found or 'zeros'}, "
+                f"allowed are {allowed[block]} (now {self.now[block]}, kept {self.kept[block]})"
+            )
+            self.now[block] = (number,)
+            if number in self.kept[block]:
+                # Those after it never happened.
+                self.kept[block] = self.kept[block][: self.kept[block].index(number) + 1]
+        if after_power_cut and self.kept is not self.now:
+            self.kept = list(self.now)
+        self.image = bytearray(data)
+        self.uncertain.clear()
+
+    def _differing(self, data):
+        """The blocks that are not as in the image."""
+        for start in range(0, len(data), CLUSTER):
+            if data[start : start + CLUSTER] != self.image[start : start + CLUSTER]:
+                for offset in range(start, start + CLUSTER, BLOCK):
+                    if data[offset : offset + BLOCK] != self.image[offset : offset + BLOCK]:
+                        yield offset // BLOCK
 
 
 class Client:
@@ -161,13 +167,14 @@ class Client:
 
     def _write(self, offset, length, zero, flags):
         part = range(offset // BLOCK, (offset + length) // BLOCK)
-        if any(part.start < other.stop and other.start < part.stop for _, other in self.in_flight.values()):
+        if any(part.start < other.stop and other.start < part.stop for other in self.in_flight.values()):
             return
         key = next(self.numbers)
         number = -key if zero else key
         for blocks in (self.blocks, *self.watching):
             blocks.may_hold(number, part)
-        self.in_flight[key] = (number, part)
+        self.in_flight[key] = part
+        data = bytes(length) if zero else b"".join(content(number, block) for block in part)
 
         def done(error):
             del self.in_flight[key]
@@ -175,7 +182,7 @@ class Client:
                 self.errors.append(f"write {key}: {error.value}")
                 return 1
             self.acknowledged += 1
-            self.blocks.hold(number, part)
+            self.blocks.hold(number, part, data)
             if flags & nbd.CMD_FLAG_FUA:
                 for block in part:
                     self.blocks.keep(number, block)
@@ -185,8 +192,8 @@ class Client:
             hole = self.choose.choice((0, nbd.CMD_FLAG_NO_HOLE))
             self.handle.aio_zero(length, offset, completion=done, flags=flags | hole)
         else:
-            data = bytearray(b"".join(content(number, block) for block in part))
-            self.handle.aio_pwrite(nbd.Buffer.from_bytearray(data), offset, completion=done, flags=flags)
+            buffer = nbd.Buffer.from_bytearray(bytearray(data))
+            self.handle.aio_pwrite(buffer, offset, completion=done, flags=flags)
 
     def _flush(self):
         self.is_flushing = True

@@ -11,13 +11,14 @@ import os
 import random
 import re
 import shutil
-import subprocess
+import threading
+import time
 
 import nbd
 import pytest
 
 from blocks import Blocks, Client
-from harness import MiB, QBD, environment, run
+from harness import MiB, run
 from machine import SCRATCH, boot_again, mounted, sh
 
 SIZE = 6 * MiB
@@ -124,6 +125,27 @@ def file_system(kind):
         disk.detach()
 
 
+class Asked(threading.Thread):
+    """A request to a daemon that may end before it answers."""
+
+    def __init__(self, ask, *words, **fields):
+        super().__init__()
+        self.outcome = None
+        self.ask = lambda: ask(*words, **fields)
+        self.start()
+
+    def run(self):
+        try:
+            self.outcome = self.ask()
+        except Exception as error:
+            self.outcome = error
+
+    def is_done(self):
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome is not None
+
+
 class Volume:
     """disk/v and its snapshots, with what they may hold."""
 
@@ -151,58 +173,60 @@ class Volume:
 
     def export(self, name):
         """Without a kernel's device, which would read and write, too."""
-        self.daemon.qbd("map", "--export", name).succeeded()
+        self.ask("MAP_VOLUME", volume=name, export=True)
         return self.daemon.uri(name)
+
+    def ask(self, command, **fields):
+        """As qbd does, which takes a while to start on an emulated processor."""
+        status, answer = self.daemon.post(f"QBD_IOC_{command}", config=str(self.daemon.config), **fields)
+        assert status == 200, f"{command} {fields} should succeed: {status} {answer}"
+        return answer
 
     def unmap(self):
         self.client.settle()
         self.client.close()
-        self.daemon.qbd("unmap", self.NAME).succeeded()
+        self.ask("UNMAP_VOLUME", volume=self.NAME)
 
     def snapshot(self):
         """Makes one while nothing is written."""
         self.client.settle()
-        name = next(self.names)
-        self.seconds = self.daemon.qbd("snapshot", "create", name).succeeded().seconds
+        name, started = next(self.names), time.monotonic()
+        self.ask("CREATE_SNAPSHOT", snapshot=name)
+        self.seconds = time.monotonic() - started
         self.snapshots[name] = self.blocks.snapshot()
         for block, number in self.blocks.acknowledged():
             self.blocks.keep(number, block)
 
     def begin(self, step):
-        """Writes for a random time, while `step` happens; returns at a random moment of it. The function that it returns
+        """Writes for a random time while `step` happens; returns at a random moment of it. The function that it returns
         is for what comes after a kill or a cut."""
-        moment = self.choose.uniform(0, 1.5 * self.seconds)
         if step == "copy-up":
             self.snapshot()
+        self.client.run(self.choose.uniform(0, 0.3))
+        moment = self.choose.uniform(0, 1.5 * self.seconds)
         if step in ("writes", "copy-up"):
             self.client.run(moment)
             return lambda: None
-        self.client.run(self.choose.uniform(0, 0.3))
         if step == "snapshot":
-            name, verb = next(self.names), "create"
+            name, command = next(self.names), "CREATE_SNAPSHOT"
             self.snapshots[name] = self.blocks.snapshot()
             self.client.watching.append(self.snapshots[name])
             acknowledged = self.blocks.acknowledged()
         else:
-            name, verb = self.choose.choice(list(self.snapshots)), "delete"
-        command = subprocess.Popen(
-            [QBD, "snapshot", verb, name], env=environment(**self.daemon.variables),
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            name, command = self.choose.choice(list(self.snapshots)), "DELETE_SNAPSHOT"
+        asked = Asked(self.ask, command, snapshot=name)
         self.client.run(moment)
-        status = command.poll()
-        assert status in (None, 0), f"snapshot {verb} {name} should not fail: {command.stdout.read()}"
-        if status is None:
+        if not asked.is_done():
             self.uncertain.add(name)
         elif step == "snapshot":
             for block, number in acknowledged:
                 self.blocks.keep(number, block)
         else:
             del self.snapshots[name]
-        return command.communicate
+        return asked.join
 
     def check(self, after_power_cut=False):
-        there = {one["snapshot"] for one in self.daemon.json("snapshot", "list", self.NAME)}
+        there = {one["snapshot"] for one in self.ask("LIST_SNAPSHOT", volume=self.NAME)["snapshots"]}
         certain = self.snapshots.keys() - self.uncertain
         assert certain <= there <= self.snapshots.keys(), (
             f"snapshots are {sorted(there)}, should be {sorted(certain)}, may be {sorted(self.uncertain)}"
@@ -215,7 +239,7 @@ class Volume:
             handle.connect_uri(self.export(name))
             self._check(name, blocks, handle.pread(SIZE, 0))
             handle.shutdown()
-            self.daemon.qbd("unmap", name).succeeded()
+            self.ask("UNMAP_VOLUME", volume=name)
 
     @staticmethod
     def _check(name, blocks, data, after_power_cut=False):
