@@ -359,11 +359,13 @@ def interrupt(name, new_daemon, report, rounds, what):
     report(f"{what.__name__} on {name}: {rounds * len(STEPS)} times, {volume.requests} writes: nothing lost")
 
 
+@pytest.mark.deadline(240)
 @pytest.mark.parametrize("name", KINDS)
 def test_kills(new_daemon, report, name):
     interrupt(name, new_daemon, report, 1, kill)
 
 
+@pytest.mark.deadline(240)
 @pytest.mark.parametrize("name", ON_DISKS)
 def test_power_cuts(new_daemon, report, name):
     interrupt(name, new_daemon, report, 1, cut)
