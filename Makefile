@@ -32,7 +32,7 @@ FORMATTED := Package.swift Sources Tests Fuzz Benchmarks
 # What is needed, for scripts/need.sh. A target asks for all of it at its start, so that apt runs once.
 BUILDING := swift git liburing-dev libzookeeper-mt-dev gcc:cc libc6-dev libstdc++-12-dev
 CLIENTS := libnbd-bin:nbdcopy python3 python3-libnbd nbdkit:nbdkit qemu-utils:qemu-io fio:fio
-MACHINE := qemu-system-x86 busybox-static cpio kmod nbd-client dmsetup e2fsprogs xfsprogs fdisk systemd binutils:strip
+MACHINE := qemu-system-x86 busybox-static cpio kmod nbd-client dmsetup e2fsprogs xfsprogs btrfs-progs:mkfs.btrfs fdisk systemd binutils:strip
 NEED_BUILD := scripts/need.sh "build qbd" $(BUILDING)
 NEED_DEMO := scripts/need.sh "run the demo" $(BUILDING) libnbd-bin:nbdcopy python3 python3-libnbd
 NEED_BENCH := scripts/need.sh "measure beside the peers" $(BUILDING) $(CLIENTS)

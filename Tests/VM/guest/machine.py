@@ -9,6 +9,7 @@ import stat
 import subprocess
 import threading
 import time
+import uuid
 
 import harness
 from harness import MiB, run, wait_for  # noqa: F401
@@ -164,6 +165,18 @@ def mapped_disk(name, size, *options):
         where = stack.enter_context(mounted(f"/dev/mapper/{mapper}", name=name))
         stack.callback(run, ["dmsetup", "resume", mapper])
         yield loop, where
+
+
+BOOT_ID = pathlib.Path("/proc/sys/kernel/random/boot_id")
+
+
+def boot_again():
+    """From now on it is another boot, for whoever asks the kernel which one it is: what a power cut comes with."""
+    file = pathlib.Path("/run/boot_id")
+    file.write_text(f"{uuid.uuid4()}\n")
+    if not is_mount_point(BOOT_ID):
+        sh("mount", "--bind", file, BOOT_ID)
+    assert BOOT_ID.read_text() == file.read_text()
 
 
 def write_pattern(device, word, offset=0, length=MiB):

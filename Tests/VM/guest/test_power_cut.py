@@ -13,7 +13,7 @@ import struct
 
 import pytest
 
-from machine import SCRATCH, mounted, run, sh
+from machine import SCRATCH, boot_again, mounted, run, sh
 
 POINTS = 20
 POINTS_BELOW = 5
@@ -248,6 +248,7 @@ def test_local_pool_survives_power_cuts_of_its_own_disk(new_daemon, report, with
             try:
                 sh("cp", "--sparse=always", image, cut)
                 with mounted(cut, "-o", "loop", name="pool") as pool:
+                    boot_again()
                     daemon = new_daemon(pool_path=pool / "volumes").start()
                     device = daemon.map("disk/a")
                     with mounted(device) as directory:
