@@ -133,11 +133,17 @@ enum Boot {
             let file = try retrying("open \(path)") { qbd_open(path, O_RDONLY | O_CLOEXEC, 0) }
             defer { Glibc.close(file) }
             var bytes = [UInt8](repeating: 0, count: maximumLength)
-            let count = try retrying("read \(path)") {
-                bytes.withUnsafeMutableBytes { read(file, $0.baseAddress, $0.count) }
+            var length = 0
+            while length < bytes.count {
+                let count = try retrying("read \(path)") {
+                    bytes.withUnsafeMutableBytes { read(file, $0.baseAddress.map { $0 + length }, $0.count - length) }
+                }
+                if count == 0 { break }
+                length += count
             }
-            let text = String(decoding: bytes.prefix(count).prefix { $0 > 32 && $0 < 127 }, as: UTF8.self)
-            guard text.utf8.count >= 32 else { throw SystemError(code: EIO, operation: "read \(path)") }
+            let text = String(decoding: bytes.prefix(length).prefix { $0 > 32 && $0 < 127 }, as: UTF8.self)
+            // Cut short, it would be that of another boot.
+            guard text.utf8.count == 36 else { throw SystemError(code: EIO, operation: "read \(path)") }
             return text
         } catch {
             throw BackendError(

@@ -15,6 +15,8 @@ struct LayerTree {
     fileprivate(set) var layers: [UInt64: Layer] = [:]
     /// Those whose header cannot.
     fileprivate(set) var unreadable: [UInt64: BackendError] = [:]
+    /// The names of all files of layers.
+    fileprivate(set) var names: Set<String> = []
     /// Those in the chains of heads and snapshots.
     fileprivate(set) var needed: Set<UInt64> = []
 
@@ -42,6 +44,9 @@ struct LayerTree {
         let children = children(of: id)
         return children.count == 1 ? children[0] : nil
     }
+
+    /// Whether the layer was made since.
+    func lacks(_ layer: Layer) -> Bool { !names.contains(layer.mapFile) }
 
     /// Files that are needed.
     var files: Set<String> { Set(needed.compactMap { layers[$0] }.flatMap { [$0.mapFile, $0.dataFile] }) }
@@ -92,6 +97,7 @@ extension LocalPool {
     func tree(_ directory: borrowing Directory) throws(BackendError) -> LayerTree {
         var tree = LayerTree()
         for file in try directory.names() {
+            if file.hasPrefix(Layer.prefix) { tree.names.insert(file) }
             if let id = Layer.id(ofMap: file) {
                 do throws(BackendError) { tree.layers[id] = try layer(directory, id) } catch {
                     tree.unreadable[id] = error
@@ -162,7 +168,7 @@ extension LocalPool {
         try settleNames(directory, tree)
         let needed = tree.files
         var isDone = true
-        for file in try needless(directory, tree, before, needed) { try directory.remove(file) }
+        for file in needless(tree, before, needed) { try directory.remove(file) }
         for file in try directory.names() where file.hasPrefix(Layer.prefix) && !needed.contains(file) {
             if try !moveAside(directory, file, tree) { isDone = false }
         }
@@ -173,18 +179,21 @@ extension LocalPool {
         try directory.synchronize()
     }
 
-    /// Files that were needed before a change, and are not since: nobody else can need them.
+    /// Files that were needed before a change, or made by it, and are not needed since: nobody else can need them.
     private func needless(
-        _ directory: borrowing Directory, _ now: LayerTree, _ before: LayerTree?, _ needed: Set<String>
-    ) throws(BackendError) -> [String] {
+        _ now: LayerTree, _ before: LayerTree?, _ needed: Set<String>
+    ) -> [String] {
         guard let before, before.unreadable.isEmpty, now.unreadable.isEmpty else { return [] }
+        // What was read before and could not be read now is needed as before.
+        let wasDamaged = Set(before.damaged.map(\.volume))
+        guard now.damaged.allSatisfy({ wasDamaged.contains($0.volume) }) else { return [] }
         let gone = before.needed.subtracting(now.needed)
         // A volume that cannot be read may stand on a layer without anybody's knowing.
         let isKept = { (layer: Layer) in
             now.hasBrokenChain || !(now.knowsAllVolumes || before.knowsUsers(of: layer))
-                || now.children(of: layer.id).contains { !gone.contains($0.id) }
+                || now.children(of: layer.id).contains { !gone.contains($0.id) && !before.lacks($0) }
         }
-        var files = before.files.subtracting(needed)
+        var files = before.files.union(now.names.subtracting(before.names)).subtracting(needed)
         for layer in gone.compactMap({ before.layers[$0] }) where isKept(layer) {
             files.subtract([layer.mapFile, layer.dataFile])
         }

@@ -105,13 +105,10 @@ extension LocalPool {
     }
 
     private func mergeClosedHead(_ volume: String) throws(BackendError) -> Bool {
-        let opened: any OpenVolume
-        do throws(BackendError) { opened = try open(volume: volume, readOnly: false) } catch {
+        do throws(BackendError) { try change(volume, .tidy) } catch {
             guard error.code == EBUSY else { throw error }
             return false
         }
-        defer { opened.close() }
-        if opened is LayeredOpenVolume { try change(opened, .tidy) }
         return true
     }
 

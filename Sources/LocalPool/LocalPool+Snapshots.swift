@@ -5,9 +5,7 @@ import Glibc
 
 extension LocalPool: SnapshotPool {
     package func createSnapshot(volume: String, snapshot: String) throws(BackendError) -> SnapshotRecord {
-        let opened = try open(volume: volume, readOnly: false)
-        defer { opened.close() }
-        try change(opened, .snapshot(snapshot))
+        try change(volume, .snapshot(snapshot))
         guard let made = try snapshots(volume: volume).first(where: { $0.name == snapshot }) else {
             throw BackendError(
                 code: ENOENT, message: "\(name)/\(volume)@\(snapshot) was deleted as soon as it was there")

@@ -80,10 +80,15 @@ final class PoolChange: PreparedChange, @unchecked Sendable {
     }
 
     deinit {
+        // The marker has the next look at the pool clear up what a change left that was never finished.
+        if !state.withLock({ $0.isFinished }) { closeAll() }
+    }
+
+    /// The pool's lock last: who waits for it finds the volume's files as unlocked as they are going to be.
+    private func closeAll() {
         Glibc.close(data.descriptor)
         if let map { Glibc.close(map.descriptor) }
-        // The marker has the next look at the pool clear up what a change left that was never finished.
-        if !state.withLock({ $0.isFinished }) { Glibc.close(lock) }
+        Glibc.close(lock)
     }
 
     // MARK: With I/O held back
@@ -191,7 +196,7 @@ final class PoolChange: PreparedChange, @unchecked Sendable {
                 pool.removeDraft(directory, replacement.draft)
                 pool.clearUp(directory, after: before)
             }
-            Glibc.close(lock)
+            closeAll()
             return state.failure
         }
         if let failure { throw failure }
@@ -210,8 +215,18 @@ extension LocalPool {
     ) throws(BackendError) -> any PreparedChange {
         let directory = try openDirectory()
         let lock = try directory.lock(giveUp: giveUp)
+        do throws(BackendError) { try recover(directory) } catch {
+            Glibc.close(lock)
+            throw error
+        }
+        return try prepare(change, of: opened, directory, lock)
+    }
+
+    /// - Parameter lock: the pool's; it is taken over, also on an error.
+    private func prepare(
+        _ change: StoreChange, of opened: StoredVolume, _ directory: consuming Directory, _ lock: Int32
+    ) throws(BackendError) -> PoolChange {
         do throws(BackendError) {
-            try recover(directory)
             let before = try tree(directory)
             let plan: PoolChange.Plan
             do throws(BackendError) { plan = try self.plan(directory, change, of: opened, before) } catch {
@@ -312,16 +327,37 @@ extension LocalPool {
             into: lower, merged: merged, .init(description: description, draft: try draft(directory, description)))
     }
 
-    /// Changes a volume that nobody has mapped.
-    func change(_ opened: any OpenVolume, _ change: StoreChange) throws(BackendError) {
-        let prepared = try opened.prepare(change) { nil }
-        let replacement: any OpenVolume
-        do throws(BackendError) { replacement = try prepared.apply(Hold()) } catch {
+    /// Changes a volume that nobody has open. EBUSY when somebody has. Its files are locked for no longer than the pool is,
+    /// so that who wants to open it waits instead of failing.
+    func change(_ volume: String, _ change: StoreChange) throws(BackendError) {
+        let directory = try openDirectory()
+        let lock = try directory.lock()
+        let opened: any OpenVolume
+        do throws(BackendError) {
+            try recover(directory)
+            opened = try open(directory, volume, readOnly: false)
+        } catch {
+            Glibc.close(lock)
+            throw error
+        }
+        let stored: StoredVolume
+        switch opened {
+        case let layered as LayeredOpenVolume: stored = .layered(layered)
+        case let plain as LocalOpenVolume: stored = .plain(plain)
+        default: preconditionFailure("a local pool has two kinds of volumes")
+        }
+        let prepared: PoolChange
+        do throws(BackendError) { prepared = try prepare(change, of: stored, directory, lock) } catch {
+            opened.close()
+            throw error
+        }
+        do throws(BackendError) { try prepared.apply(Hold()).close() } catch {
+            opened.close()
             // It says nothing else than this error when nothing was changed.
             do throws(BackendError) { try prepared.finish() } catch {}
             throw error
         }
-        defer { replacement.close() }
+        opened.close()
         try prepared.finish()
     }
 }

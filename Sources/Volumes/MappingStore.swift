@@ -203,9 +203,29 @@ package final class MappingStore: Sendable {
             encoder.outputFormatting = [.prettyPrinted, .sortedKeys, .withoutEscapingSlashes]
             text = String(decoding: try encoder.encode(document), as: UTF8.self) + "\n"
         } catch { throw BackendError(code: EIO, message: "\(path)/\(file): \(error)") }
+        let old = try directory.exists(file) ? try directory.read(file) : nil
         try directory.write(text, to: "~" + file)
         try directory.rename("~" + file, to: file)
-        try directory.synchronize()
+        do throws(BackendError) { try directory.synchronize() } catch {
+            // What is told to have failed must not be found by the next daemon.
+            try Self.putBack(old, file, directory, after: error)
+            throw error
+        }
+    }
+
+    private static func putBack(
+        _ old: [UInt8]?, _ file: String, _ directory: borrowing Directory, after failure: BackendError
+    ) throws(BackendError) {
+        do throws(BackendError) {
+            guard let old else { return try directory.remove(file) }
+            try directory.write(String(decoding: old, as: UTF8.self), to: "~" + file)
+            try directory.rename("~" + file, to: file)
+        } catch {
+            throw BackendError(
+                code: failure.code,
+                message: "\(failure.message); and \(directory.path)/\(file) could not be put back as it was"
+                    + " (\(error.message)): a daemon that is started again goes by it")
+        }
     }
 
     package func remove(pool: String, volume: String) throws(BackendError) {

@@ -232,9 +232,9 @@ extension VolumeManager {
         logger[metadataKey: "volume"] = "\(name)"
         var warning: String?
         if let attached = leftover.device { warning = try await detachDevice(attached, nil, logger, force: force) }
-        await forget(name, logger)
+        let left = await forget(name, logger)
         logger.info("unmapped; it had not been taken over")
-        return warning
+        return Self.joined(warning, left)
     }
 
     /// EEXIST unless what is mapped is what is asked for.

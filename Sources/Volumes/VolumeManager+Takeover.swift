@@ -43,16 +43,26 @@ extension VolumeManager {
         }
     }
 
-    func forget(_ volume: Volume) async { await forget(volume.name, volume.logger) }
+    /// - Returns: what is to be known of it: the next daemon would map it again. Nil for nothing.
+    @discardableResult
+    func forget(_ volume: Volume) async -> String? { await forget(volume.name, volume.logger) }
 
     /// - Parameter name: `pool/volume`.
-    func forget(_ name: String, _ logger: Logger) async {
+    @discardableResult
+    func forget(_ name: String, _ logger: Logger) async -> String? {
         state.withLock { $0.leftovers[name] = nil }
-        guard let store else { return }
+        guard let store else { return nil }
         let parts = name.split(separator: "/").map(String.init)
         do throws(BackendError) {
             try await blocking.run { () throws(BackendError) in try store.remove(pool: parts[0], volume: parts[1]) }
-        } catch { logger.error("the mapping stays in the state folder: \(error.message)") }
+            return nil
+        } catch {
+            let text =
+                "\(name) stays in the state folder, and a daemon that is started again may map it (\(error.message));"
+                + " map and unmap it when the folder can be written"
+            logger.error("\(text)")
+            return text
+        }
     }
 
     func unreserve(_ deviceID: UInt32) { state.withLock { _ = $0.reserved.remove(deviceID) } }

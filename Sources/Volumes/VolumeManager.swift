@@ -392,10 +392,15 @@ package final class VolumeManager: Sendable {
                 await ending.value
             }
             state.withLock { $0.mappings[name] = nil }
-            await forget(mapping.volume)
+            let left = await forget(mapping.volume)
             mapping.volume.logger.info("unmapped")
-            return warning
+            return Self.joined(warning, left)
         }
+    }
+
+    static func joined(_ first: String?, _ second: String?) -> String? {
+        let texts = [first, second].compactMap(\.self)
+        return texts.isEmpty ? nil : texts.joined(separator: "; ")
     }
 
     private func close(_ mapping: Mapping, _ name: String) async {
