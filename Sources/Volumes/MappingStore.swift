@@ -203,7 +203,9 @@ package final class MappingStore: Sendable {
             encoder.outputFormatting = [.prettyPrinted, .sortedKeys, .withoutEscapingSlashes]
             text = String(decoding: try encoder.encode(document), as: UTF8.self) + "\n"
         } catch { throw BackendError(code: EIO, message: "\(path)/\(file): \(error)") }
-        let old = try directory.exists(file) ? try directory.read(file) : nil
+        // What is no document is none to go back to.
+        let isFile = try directory.status(of: file).map { $0.st_mode & S_IFMT == S_IFREG } ?? false
+        let old = isFile ? try directory.read(file) : nil
         try directory.write(text, to: "~" + file)
         try directory.rename("~" + file, to: file)
         do throws(BackendError) { try directory.synchronize() } catch {
