@@ -206,6 +206,40 @@ def test_no_io_waits_for_the_lock_of_the_pool(daemon):
     assert daemon.json("snapshot", "list", "disk/v") == []
 
 
+@pytest.mark.long
+@pytest.mark.deadline(240)
+def test_a_disk_that_does_not_answer_holds_io_back_for_a_limited_time(daemon):
+    """A snapshot whose synchronisation takes too long is given up; the volume goes on, and loses nothing by it."""
+    daemon.volume("disk/v", SIZE)
+    snapshot(daemon, "create", "disk/v@first")
+    expected = bytearray(SIZE)
+    with connected(daemon.uri("disk/v")) as handle:
+        with Tracer(daemon, "fdatasync", "delay_enter=20000000:when=1"):
+            answers = []
+            snapshotting = threading.Thread(
+                target=lambda: answers.append(daemon.qbd("snapshot", "create", "disk/v@s", timeout=200))
+            )
+            snapshotting.start()
+            longest, number = 0, 0
+            while snapshotting.is_alive():
+                number += 1
+                offset = number % 60 * CLUSTER
+                expected[offset : offset + 4096] = data = os.urandom(4096)
+                moment = time.monotonic()
+                handle.pwrite(data, offset)
+                longest = max(longest, time.monotonic() - moment)
+                time.sleep(0.01)
+            snapshotting.join()
+        assert answers[0].status == errno.ETIMEDOUT, f"it should be given up: {answers[0]}"
+        assert 10 < longest < 18, f"I/O was held back for {longest} s"
+        assert handle.pread(SIZE, 0) == expected
+    daemon.kill()
+    daemon.start()
+    assert contents(daemon, "disk/v") == expected
+    snapshot(daemon, "create", "disk/v@s")
+    assert contents(daemon, "disk/v@s") == expected
+
+
 # Space
 
 
