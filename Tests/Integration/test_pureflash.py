@@ -127,10 +127,15 @@ def test_one_open_for_all_that_wait():
         handle.pread(512, 0)
         before = store.faults()["seen"]["opens"]
         store.faults(reopen=64)
+        # All at once, also where the client is slower than the store.
+        daemon.qbd("suspend", "ram/v").succeeded()
         pending = []
         for index in range(32):
             pending.append(handle.aio_pread(nbd.Buffer(4096), index * 4096))
             pending.append(handle.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(4096)), MiB + index * 4096))
+        while daemon.json("info", "ram/v")["held_back"]["requests"] < len(pending):
+            handle.poll(10)
+        daemon.qbd("resume", "ram/v", "-t", "normal").succeeded()
         while handle.aio_in_flight():
             assert handle.poll(10_000) == 1
         for cookie in pending:
