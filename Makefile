@@ -110,7 +110,7 @@ bench: need-bench .build/malloc_count.so ## Measure beside nbdkit and qemu-nbd, 
 
 # The parts of `test` and `test-long`, for scripts/parts.sh. Those behind --beside NAME run beside that one.
 TEST_PARTS := check build-tests fuzz-short unit --beside vm integration faults-short
-LONG_PARTS := build-tests faults integration-long fuzz-long test-address test-thread
+LONG_PARTS := build-tests --beside vm-long faults integration-long fuzz-long test-address test-thread
 
 .PHONY: test test-long
 test: need-tests ## All tests: checks, short fuzzing, unit, integration, some faults, devices in a virtual machine
@@ -137,13 +137,16 @@ integration-long:
 	@mkdir -p $(LOGS)
 	QBD_BIN_DIR=$(BIN) $(PYTHON) -m pytest -m long $(PYTEST) Tests/Integration 2>&1 | tee $(LOGS)/integration-long.log
 
-.PHONY: need-vm test-vm vm vm-shell
+.PHONY: need-vm test-vm vm vm-long vm-shell
 need-vm:
 	@$(NEED_VM)
 test-vm: need-vm build vm ## Only the tests of devices, in a virtual machine (VM="test_unmap.py", VM="-- -k name")
 vm:
 	@mkdir -p $(LOGS)
 	QBD_BIN_DIR=$(BIN) Tests/VM/run $(VM) 2>&1 | tee $(LOGS)/vm.log
+vm-long:
+	@mkdir -p $(LOGS)
+	QBD_BIN_DIR=$(BIN) Tests/VM/run --timeout 3600 test_pool_file_systems.py -- -m long 2>&1 | tee $(LOGS)/vm-long.log
 vm-shell: need-vm build ## A shell in that virtual machine, which sees this file system, read-only
 	QBD_BIN_DIR=$(BIN) Tests/VM/run --shell $(VM)
 

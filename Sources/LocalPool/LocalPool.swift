@@ -284,6 +284,8 @@ package final class LocalPool: VolumePool {
 
     package func damaged() throws(BackendError) -> [DamagedVolume] {
         let directory = try openDirectory()
+        // Nobody is waited for where all is well. What a change under way makes look damaged is looked at again.
+        if try tree(directory).isWhole { return [] }
         let lock = try lockToRead(directory)
         defer { if let lock { Glibc.close(lock) } }
         return try tree(directory).damaged

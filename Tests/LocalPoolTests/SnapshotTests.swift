@@ -71,6 +71,68 @@ private func code(_ body: () throws(BackendError) -> Void) -> Int32 {
         #expect(directory.names == Self.plain)
     }
 
+    /// A plain volume's data is made longer for its first snapshot, and must not stay so: `grow` would take that over.
+    @Test(arguments: [false, true]) func aChangeThatIsGivenUpLeavesNothing(withSnapshots: Bool) throws {
+        if withSnapshots { _ = try pool.createSnapshot(volume: "disk", snapshot: "first") }
+        let files = directory.names
+        let snapshots = try pool.snapshots(volume: "disk")
+        let writer = try pool.open(volume: "disk", readOnly: false)
+        let change = try writer.prepare(.snapshot("s")) { nil }
+        #expect(directory.names != files, "what is needed is made before I/O is held back")
+        let hold = Hold()
+        #expect(hold.giveUp(BackendError(code: ETIMEDOUT, message: "late")))
+        #expect(code { () throws(BackendError) in _ = try change.apply(hold) } == ETIMEDOUT)
+        writer.changeGivenUp()
+        try change.finish()
+        #expect(directory.names == files)
+        #expect(try pool.snapshots(volume: "disk") == snapshots)
+        #expect(try writer.grow(to: nil).size == 100_352)
+        if !withSnapshots { #expect(directory.size("disk.raw") == 100_352) }
+        writer.close()
+    }
+
+    @Test func aChangeThatIsCommittedIsNotGivenUp() throws {
+        let hold = Hold()
+        try hold.commit()
+        #expect(!hold.giveUp(BackendError(code: ETIMEDOUT, message: "late")))
+    }
+
+    @Test func aLockThatSomebodyHasIsWaitedForUntilThatIsGivenUp() throws {
+        let writer = try pool.open(volume: "disk", readOnly: false)
+        let lock = open("\(directory.path)/~lock", O_RDWR)
+        #expect(flock(lock, LOCK_EX) == 0)
+        var asked = 0
+        let result = code { () throws(BackendError) in
+            _ = try writer.prepare(.snapshot("s")) {
+                asked += 1
+                return asked > 3 ? BackendError(code: ECANCELED, message: "enough") : nil
+            }
+        }
+        #expect(result == ECANCELED)
+        close(lock)
+        writer.close()
+    }
+
+    /// Read before a change and not after it: that is no reason to take its layers for needless.
+    @Test func layersOfWhatCannotBeReadAreKept() throws {
+        _ = try pool.createSnapshot(volume: "disk", snapshot: "s")
+        _ = try pool.create(volume: "other", size: 512, blockSize: 512)
+        _ = try pool.createSnapshot(volume: "other", snapshot: "s")
+        rename("\(directory.path)/disk.volume", "\(directory.path)/saved")
+        directory.write("disk.volume", "")
+        let files = directory.names.filter { $0.hasPrefix("@") }
+        _ = try pool.createSnapshot(volume: "other", snapshot: "t")
+        try pool.deleteSnapshot(volume: "other", snapshot: "s")
+        try tidy()
+        #expect(try pool.damaged().map(\.volume) == ["disk"])
+        #expect(try pool.list().map(\.volume) == ["other"])
+        rename("\(directory.path)/saved", "\(directory.path)/disk.volume")
+        #expect(try pool.damaged().isEmpty)
+        try pool.open(volume: "disk@s", readOnly: true).close()
+        try pool.open(volume: "disk", readOnly: false).close()
+        #expect(!files.isEmpty)
+    }
+
     @Test func aVolumeWithSnapshotsIsNotDeletedByMistake() throws {
         _ = try pool.createSnapshot(volume: "disk", snapshot: "s")
         #expect(code { () throws(BackendError) in try pool.delete(volume: "disk", snapshots: false) } == EBUSY)

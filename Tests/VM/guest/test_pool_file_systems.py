@@ -24,7 +24,7 @@ from machine import SCRATCH, boot_again, mounted, sh
 SIZE = 6 * MiB
 # Bytes of the disks, which are sparse. XFS wants that much.
 DISK = 512 * MiB
-LONG_ROUNDS = 12
+LONG_ROUNDS = 6
 STEPS = ("writes", "copy-up", "snapshot", "merge")
 
 
