@@ -125,7 +125,7 @@ package final class LocalPool: VolumePool {
     /// For a volume or a snapshot.
     func unusedID(_ directory: borrowing Directory) throws(BackendError) -> UInt64 {
         var used: Set<UInt64> = []
-        for description in try descriptions(directory).readable {
+        for description in try descriptions(directory) {
             used.insert(description.record.id)
             used.formUnion(description.snapshots.map(\.record.id))
         }
@@ -279,7 +279,14 @@ package final class LocalPool: VolumePool {
     // MARK: List and open
 
     package func list() throws(BackendError) -> [VolumeRecord] {
-        try withDescriptions { $0.readable.map(\.record) }
+        let directory = try openDirectory()
+        // Without a lock, where nothing has to be finished.
+        let names = try directory.names().filter {
+            $0.hasPrefix(Self.ours) && $0 != Directory.lockFile && $0 != Self.spare
+        }
+        let lock = names.isEmpty ? nil : try lockToRead(directory)
+        defer { if let lock { Glibc.close(lock) } }
+        return try descriptions(directory).map(\.record)
     }
 
     package func damaged() throws(BackendError) -> [DamagedVolume] {
@@ -306,35 +313,14 @@ package final class LocalPool: VolumePool {
             free: UInt64(free).multipliedReportingOverflow(by: block).partialValue)
     }
 
-    private func withDescriptions<Value>(
-        _ body: ((readable: [VolumeDescription], damaged: [DamagedVolume])) -> Value
-    ) throws(BackendError) -> Value {
-        let directory = try openDirectory()
-        // Without a lock, where nothing has to be finished.
-        let names = try directory.names().filter {
-            $0.hasPrefix(Self.ours) && $0 != Directory.lockFile && $0 != Self.spare
-        }
-        let lock = names.isEmpty ? nil : try lockToRead(directory)
-        defer { if let lock { Glibc.close(lock) } }
-        return body(try descriptions(directory))
-    }
-
-    /// Every description of the pool, by name.
-    private func descriptions(
-        _ directory: borrowing Directory
-    ) throws(BackendError) -> (readable: [VolumeDescription], damaged: [DamagedVolume]) {
+    /// The descriptions that can be read, by name.
+    private func descriptions(_ directory: borrowing Directory) throws(BackendError) -> [VolumeDescription] {
         var readable: [VolumeDescription] = []
-        var damaged: [DamagedVolume] = []
-        for file in try directory.names() {
-            guard let volume = Self.volume(of: file) else { continue }
-            do throws(BackendError) { readable.append(try describe(directory, volume)) } catch {
-                // Deleted since the directory was read.
-                if error.code != ENOENT { damaged.append(DamagedVolume(volume: volume, reason: error.message)) }
-            }
+        for volume in try directory.names().compactMap(Self.volume(of:)) {
+            // One that is gone since the directory was read, or damaged, is not listed.
+            do throws(BackendError) { readable.append(try describe(directory, volume)) } catch {}
         }
-        return (
-            readable.sorted { $0.record.volume < $1.record.volume }, damaged.sorted { $0.volume < $1.volume }
-        )
+        return readable.sorted { $0.record.volume < $1.record.volume }
     }
 
     func describe(_ directory: borrowing Directory, _ volume: String) throws(BackendError) -> VolumeDescription {
