@@ -9,14 +9,6 @@ package enum GenericNetlink {
     package static let CTRL_ATTR_FAMILY_ID: UInt16 = 1
     package static let CTRL_ATTR_FAMILY_NAME: UInt16 = 2
     package static let CTRL_ATTR_VERSION: UInt16 = 3
-    package static let CTRL_ATTR_MCAST_GROUPS: UInt16 = 7
-
-    package static let CTRL_ATTR_MCAST_GRP_NAME: UInt16 = 1
-    package static let CTRL_ATTR_MCAST_GRP_ID: UInt16 = 2
-
-    /// The controller's own name and the group in which it tells of families that come and go.
-    package static let controllerName = "nlctrl"
-    package static let controllerGroup = "notify"
 
     /// Asks the controller for a family; the kernel loads its module when it can.
     package static func getFamily(_ name: String) -> GenericMessage {
@@ -65,8 +57,6 @@ package struct GenericFamily: Equatable, Sendable {
     /// The type of its messages; differs from boot to boot and after its module was loaded again.
     package var id: UInt16
     package var version: UInt32
-    /// Multicast groups by name.
-    package var groups: [String: UInt32] = [:]
 
     package init(_ message: GenericMessage) throws(NetlinkFormatError) {
         guard message.command == GenericNetlink.CTRL_CMD_NEWFAMILY else {
@@ -80,12 +70,5 @@ package struct GenericFamily: Equatable, Sendable {
         self.id = try id.integer("CTRL_ATTR_FAMILY_ID")
         guard self.id >= GenericNetlink.GENL_ID_CTRL else { throw .invalid("CTRL_ATTR_FAMILY_ID \(self.id)") }
         version = try attributes.last(GenericNetlink.CTRL_ATTR_VERSION)?.integer("CTRL_ATTR_VERSION") ?? 0
-        for entry in try attributes.last(GenericNetlink.CTRL_ATTR_MCAST_GROUPS)?.nested() ?? [] {
-            let fields = try entry.nested()
-            guard let group = fields.last(GenericNetlink.CTRL_ATTR_MCAST_GRP_NAME),
-                let number = fields.last(GenericNetlink.CTRL_ATTR_MCAST_GRP_ID)
-            else { throw .truncated("CTRL_ATTR_MCAST_GRP_ID") }
-            groups[group.string] = try number.integer("CTRL_ATTR_MCAST_GRP_ID")
-        }
     }
 }

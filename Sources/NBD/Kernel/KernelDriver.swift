@@ -22,8 +22,16 @@ package struct KernelDriver: Sendable {
         self.programs = programs
     }
 
-    /// Whether the driver is loaded or built in.
-    package var isLoaded: Bool { get throws(SystemError) { try TextFile.exists("\(root)/sys/module/nbd") } }
+    /// Whether the driver is loaded or built in. ENOENT where /sys is not mounted, which says nothing of drivers.
+    package var isLoaded: Bool {
+        get throws(SystemError) {
+            if try TextFile.exists("\(root)/sys/module/nbd") { return true }
+            guard try TextFile.exists("\(root)/sys/module") else {
+                throw SystemError(code: ENOENT, operation: "look for the nbd driver in \(root)/sys/module")
+            }
+            return false
+        }
+    }
 
     /// Loads the driver when it is missing. ENODEV, with what is missing and what to do, when it cannot be.
     package func load() throws(KernelDeviceError) {

@@ -2,12 +2,10 @@
 package enum KernelNBD {
     package static let NBD_GENL_FAMILY_NAME = "nbd"
     package static let NBD_GENL_VERSION: UInt8 = 1
-    package static let NBD_GENL_MCAST_GROUP_NAME = "nbd_mc_group"
 
     package static let NBD_CMD_CONNECT: UInt8 = 1
     package static let NBD_CMD_DISCONNECT: UInt8 = 2
     package static let NBD_CMD_RECONFIGURE: UInt8 = 3
-    package static let NBD_CMD_LINK_DEAD: UInt8 = 4
     package static let NBD_CMD_STATUS: UInt8 = 5
 
     package static let NBD_ATTR_INDEX: UInt16 = 1
@@ -130,7 +128,7 @@ extension GenericMessage {
         return GenericMessage(command: KernelNBD.NBD_CMD_STATUS, attributes)
     }
 
-    /// The index in the answer to CONNECT or in a LINK_DEAD.
+    /// The index in the answer to CONNECT.
     package func index(of command: UInt8) throws(NetlinkFormatError) -> UInt32 {
         guard self.command == command else { throw .invalid("nbd command \(self.command)") }
         guard let index = try decoded().last(KernelNBD.NBD_ATTR_INDEX) else { throw .truncated("NBD_ATTR_INDEX") }

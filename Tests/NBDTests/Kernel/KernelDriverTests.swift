@@ -5,6 +5,7 @@ import Testing
 @Suite struct KernelDriverTests {
     /// A driver to load with a program of these lines, and what comes of it.
     private func load(_ lines: String, _ root: FakeRoot) -> KernelDeviceError? {
+        root.folder("/sys/module")
         root.write("/modprobe", "#!/bin/sh\ncd '\(root.path)'\n\(lines)\n", mode: 0o755)
         do throws(KernelDeviceError) {
             try KernelDriver(root: root.path, programs: ["/nowhere/modprobe", "\(root.path)/modprobe"]).load()
@@ -18,6 +19,13 @@ import Testing
         #expect(try KernelDriver(root: root.path, programs: []).isLoaded)
         #expect(load("echo ran > ran", root) == nil)
         #expect(root.text("/ran") == nil)
+    }
+
+    @Test func whereSysIsNotMountedNothingIsSaidOfDrivers() throws {
+        let root = try FakeRoot()
+        let error = #expect(throws: KernelDeviceError.self) { try KernelDriver(root: root.path, programs: []).load() }
+        #expect(error?.code == ENOENT)
+        #expect(error?.message.contains("/sys/module: No such file") == true)
     }
 
     @Test func aMissingDriverIsLoadedWithRoomForPartitions() throws {
@@ -59,6 +67,7 @@ import Testing
 
     @Test func theTextSaysThatModprobeIsMissing() throws {
         let root = try FakeRoot()
+        root.folder("/sys/module")
         let error = #expect(throws: KernelDeviceError.self) {
             try KernelDriver(root: root.path, programs: ["\(root.path)/modprobe"]).load()
         }

@@ -76,7 +76,7 @@ import Testing
     @Test func connectIsAnsweredWithTheIndex() throws {
         let answer = GenericMessage(command: 1, version: 1, attributes: hex("0800 0100 0b000000"))
         #expect(try answer.index(of: KernelNBD.NBD_CMD_CONNECT) == 11)
-        #expect(throws: NetlinkFormatError.self) { try answer.index(of: KernelNBD.NBD_CMD_LINK_DEAD) }
+        #expect(throws: NetlinkFormatError.self) { try answer.index(of: KernelNBD.NBD_CMD_STATUS) }
     }
 
     @Test func statusListsDevices() throws {
