@@ -281,21 +281,7 @@ package struct Directory: ~Copyable {
             Glibc.close(copy)
             throw BackendError(code: code, message: "read \(path): \(errnoText(code))")
         }
-        defer { closedir(stream) }
-        var names: [String] = []
-        while true {
-            // The end and an error look the same but for this.
-            errno = 0
-            guard let entry = readdir(stream) else {
-                let code = errno
-                guard code == 0 else { throw BackendError(code: code, message: "read \(path): \(errnoText(code))") }
-                return names.sorted()
-            }
-            let name = withUnsafePointer(to: &entry.pointee.d_name) { name in
-                name.withMemoryRebound(to: CChar.self, capacity: 256) { String(validatingCString: $0) }
-            }
-            // A name that is not UTF-8 is none of ours.
-            if let name, name != ".", name != ".." { names.append(name) }
-        }
+        // A name that is not UTF-8 is none of ours.
+        do throws(SystemError) { return try readNames(stream, of: path).sorted() } catch { throw BackendError(error) }
     }
 }

@@ -71,3 +71,24 @@ package func monotonicNanoseconds() -> UInt64 {
     clock_gettime(CLOCK_MONOTONIC, &time)
     return UInt64(truncatingIfNeeded: time.tv_sec) &* 1_000_000_000 &+ UInt64(truncatingIfNeeded: time.tv_nsec)
 }
+
+/// The names in a folder, as the kernel gives them, without `.` and `..`; those that are not UTF-8 are left out.
+/// - Parameters:
+///   - stream: of the folder, read to its end and closed.
+///   - folder: its path, for the error's text.
+package func readNames(_ stream: OpaquePointer, of folder: String) throws(SystemError) -> [String] {
+    defer { closedir(stream) }
+    var names: [String] = []
+    while true {
+        // The end and an error look the same but for this.
+        errno = 0
+        guard let entry = readdir(stream) else {
+            guard errno == 0 else { throw SystemError(code: errno, operation: "read \(folder)") }
+            return names
+        }
+        let name = withUnsafePointer(to: &entry.pointee.d_name) { name in
+            name.withMemoryRebound(to: CChar.self, capacity: 256) { String(validatingCString: $0) }
+        }
+        if let name, name != ".", name != ".." { names.append(name) }
+    }
+}

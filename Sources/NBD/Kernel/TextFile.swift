@@ -57,21 +57,7 @@ enum TextFile {
     private static func listIfThere(_ folder: String) throws(SystemError) -> [String]? {
         try unlessAbsent { () throws(SystemError) in
             guard let stream = opendir(folder) else { throw SystemError(code: errno, operation: "open \(folder)") }
-            defer { closedir(stream) }
-            var names: [String] = []
-            while true {
-                // The end and an error look the same but for this.
-                errno = 0
-                guard let entry = readdir(stream) else {
-                    let code = errno
-                    guard code == 0 else { throw SystemError(code: code, operation: "read \(folder)") }
-                    return names.sorted()
-                }
-                let name = withUnsafeBytes(of: &entry.pointee.d_name) { bytes in
-                    String(decoding: bytes.prefix { $0 != 0 }, as: UTF8.self)
-                }
-                if name != "." && name != ".." { names.append(name) }
-            }
+            return try readNames(stream, of: folder).sorted()
         }
     }
 
