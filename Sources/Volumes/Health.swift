@@ -29,6 +29,8 @@ package enum HealthEvent: CaseIterable, Sendable {
     case flushFailed
     /// The store takes no writes.
     case writeProtected
+    /// It has taken one again.
+    case written
     /// One of several connections is lost.
     case pathLost
     /// The last connection is lost.
@@ -59,7 +61,9 @@ package struct HealthMachine: Sendable {
     /// The clock when the state was entered.
     package private(set) var since: UInt64
     private var isBusy = false
-    private var isProtected: Bool
+    private let isReadOnly: Bool
+    /// The store took no writes, and has taken none since.
+    package private(set) var refusesWrites = false
     private var isDisconnected = false
     private var lostWrites = false
     private var lastBad: UInt64
@@ -67,7 +71,7 @@ package struct HealthMachine: Sendable {
     /// - Parameter now: nanoseconds of any clock that never goes back; later calls use the same.
     package init(isReadOnly: Bool, now: UInt64) {
         state = isReadOnly ? .readOnly : .idle
-        isProtected = isReadOnly
+        self.isReadOnly = isReadOnly
         since = now
         lastBad = now
     }
@@ -83,6 +87,7 @@ package struct HealthMachine: Sendable {
         case .ioFailed: row(state, down, down, .stay, down, .stay, .stay, down)
         case .flushFailed: row(state, dead, dead, dead, dead, dead, .stay, dead)
         case .writeProtected: row(state, .to(.readOnly), .to(.readOnly), .stay, .stay, .stay, .stay, .stay)
+        case .written: row(state, .stay, .stay, .stay, .stay, .stay, .stay, .good)
         case .pathLost: row(state, down, down, .stay, down, .stay, .stay, down)
         case .connectionLost: row(state, away, away, away, away, .stay, .stay, away)
         case .connected: row(state, .stay, .stay, .stay, .stay, .stay, .stay, .stay)
@@ -120,7 +125,8 @@ package struct HealthMachine: Sendable {
         switch event {
         case .busy: isBusy = true
         case .quiet: isBusy = false
-        case .writeProtected: isProtected = true
+        case .writeProtected: refusesWrites = true
+        case .written: refusesWrites = false
         case .ioSlow, .ioFailed: lastBad = now
         case .flushFailed: (lostWrites, lastBad) = (true, now)
         case .pathLost, .connectionLost, .gaveUp: (isDisconnected, lastBad) = (true, now)
@@ -134,7 +140,7 @@ package struct HealthMachine: Sendable {
         switch Self.step(event, in: state) {
         case .stay: return false
         case .to(let other): next = other
-        case .good: next = isProtected ? .readOnly : isBusy ? .active : .idle
+        case .good: next = isReadOnly || refusesWrites ? .readOnly : isBusy ? .active : .idle
         }
         guard next != state else { return false }
         state = next

@@ -74,6 +74,15 @@ extension Volume {
         }
     }
 
+    /// The store has done a part, and took no writes before.
+    @inline(never)
+    func noticeSuccess(_ part: UnsafeMutablePointer<IO>) {
+        switch part.pointee.operation {
+        case .write, .writeZeroes: notice(.written)
+        case .read, .trim, .flush, .cache, .extents: break
+        }
+    }
+
     /// Seconds that the answer of a failed flush waits for the state folder.
     private static let writingTimeout: UInt64 = 5
 

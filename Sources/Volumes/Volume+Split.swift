@@ -125,6 +125,8 @@ extension Volume {
             noticeFailure(part)
             // Nobody hears of a failure that the next daemon would not know of.
             if unanswered?.append(part) != nil { return }
+        } else if watch.health.refusesWrites {
+            noticeSuccess(part)
         }
         finish(part)
     }

@@ -12,6 +12,7 @@ struct HealthTests {
         ioFailed       degraded      degraded      .             degraded      .             .       degraded
         flushFailed    failed        failed        failed        failed        failed        .       failed
         writeProtected read-only     read-only     .             .             .             .       .
+        written        .             .             .             .             .             .       *
         pathLost       degraded      degraded      .             degraded      .             .       degraded
         connectionLost reconnecting  reconnecting  reconnecting  reconnecting  .             .       reconnecting
         connected      .             .             .             .             .             .       .
@@ -23,9 +24,10 @@ struct HealthTests {
 
     /// A machine that events have brought into a state.
     private static func machine(in state: HealthState) -> HealthMachine {
-        var machine = HealthMachine(isReadOnly: state == .readOnly, now: second)
+        var machine = HealthMachine(isReadOnly: false, now: second)
         switch state {
-        case .idle, .readOnly: break
+        case .idle: break
+        case .readOnly: machine.handle(.writeProtected, now: second)
         case .active: machine.handle(.busy, now: second)
         case .degraded: machine.handle(.ioFailed, now: second)
         case .slow: machine.handle(.ioSlow, now: second)
@@ -114,5 +116,21 @@ struct HealthTests {
         machine.handle(.writeProtected, now: 0)
         #expect(machine.tick(now: 2 * Self.second) == true)
         #expect(machine.state == .readOnly)
+    }
+
+    @Test("what takes a write again is not read-only any more")
+    func written() {
+        var machine = HealthMachine(isReadOnly: false, now: 0)
+        machine.handle(.busy, now: 0)
+        machine.handle(.writeProtected, now: 0)
+        #expect(machine.state == .readOnly && machine.refusesWrites)
+        machine.handle(.written, now: 1)
+        #expect(machine.state == .active && !machine.refusesWrites)
+        // While it is bad for another reason, that is kept.
+        machine.handle(.ioFailed, now: 2)
+        machine.handle(.writeProtected, now: 3)
+        machine.handle(.written, now: 4)
+        #expect(machine.tick(now: 4 + 2 * Self.second) == true)
+        #expect(machine.state == .active)
     }
 }
