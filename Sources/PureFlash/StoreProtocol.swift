@@ -3,6 +3,8 @@
 package enum StoreProtocol {
     /// TCP port of a store's data connections.
     package static let port: UInt16 = 49162
+    /// TCP port on which a conductor tells stores things, over HTTP.
+    package static let httpPort: UInt16 = 49181
     package static let version: Int16 = 1
     /// Commands in flight on a connection, at most.
     package static let maximumDepth = 255

@@ -8,18 +8,18 @@ import PureFlash
 /// Answers what PureFlash's conductor is asked, for the pools of one configuration. Its own pools are the catalogue;
 /// the data of a shard is at the store that serves it. What waits for a disk runs aside.
 actor Conductor {
-    private let node: StoreNode
+    let node: StoreNode
     private let caller: StoreCaller
     /// By name; a tenant's id is its place in the order of names, from 1.
     private let pools: [String: StorePool]
     /// Addresses for the shards of new volumes.
     private let stores: [String]
-    private let faults: Faults?
-    private let logger: Logger
+    let faults: Faults?
+    /// Nil where there are no fault switches.
+    private let beliefs: StoreBeliefs?
+    private let looking: Task<Void, Never>?
+    let logger: Logger
     private let turns = NameQueues()
-
-    /// Snapshots of a volume that are remembered as begun; those of older failures are forgotten.
-    private static let maximumBegun = 32
 
     init(
         node: StoreNode, caller: StoreCaller, pools: [String: StorePool], stores: [String],
@@ -31,7 +31,14 @@ actor Conductor {
         self.stores = stores
         self.faults = faults
         self.logger = logger
+        let beliefs = faults.map {
+            StoreBeliefs(caller, stores: stores.filter { $0 != node.address }, faults: $0, logger: logger)
+        }
+        self.beliefs = beliefs
+        looking = beliefs.map { beliefs in Task { await beliefs.run() } }
     }
+
+    deinit { looking?.cancel() }
 
     /// The body of an answer, whatever the question. Questions about one volume are answered one after the other.
     func answer(_ query: HTTPQuery) async -> String {
@@ -55,6 +62,7 @@ actor Conductor {
         case "update_volume": try await update(query)
         case "list_volume": return StoreJSON.encode(try await list(query))
         case "create_snapshot": try await createSnapshot(query)
+        case "delete_snapshot": try await deleteSnapshot(query)
         case "create_tenant", "delete_tenant": try changeTenant(query)
         case "list_tenant":
             return StoreJSON.encode(
@@ -62,7 +70,7 @@ actor Conductor {
         case "list_store":
             return StoreJSON.encode(
                 ListStoreAnswer(
-                    stores: stores.enumerated().map { .init(id: $0 + 1, mngtIp: $1, status: "OK") }))
+                    storeNodes: await storeNodes()))
         case "list_disk": return StoreJSON.encode(ListDiskAnswer(disks: try await disks()))
         case "handle_error": return StoreJSON.encode(try await handleError(query))
         case "": throw RefusedRequest(.failed, "the request names no operation; write /s5c/?op=OPERATION")
@@ -78,7 +86,7 @@ actor Conductor {
         return name
     }
 
-    private func pool(_ query: HTTPQuery) throws(RefusedRequest) -> StorePool {
+    func pool(_ query: HTTPQuery) throws(RefusedRequest) -> StorePool {
         let name = Self.tenant(query)
         guard let pool = pools[name] else {
             throw RefusedRequest(
@@ -89,7 +97,7 @@ actor Conductor {
         return pool
     }
 
-    private func volumeName(_ query: HTTPQuery) throws(RefusedRequest) -> String {
+    func volumeName(_ query: HTTPQuery) throws(RefusedRequest) -> String {
         let name = query.parameters["volume_name"] ?? ""
         do throws(ConfigurationError) { try VolumeName.validate(component: name, as: "volume_name") } catch {
             throw RefusedRequest(.invalidArgument, "\(error)")
@@ -105,13 +113,13 @@ actor Conductor {
         return value
     }
 
-    private func aside<Value: Sendable>(
+    func aside<Value: Sendable>(
         _ work: @escaping @Sendable () throws(BackendError) -> Value
     ) async throws(RefusedRequest) -> Value {
         do throws(BackendError) { return try await Aside.run(work) } catch { throw RefusedRequest(error) }
     }
 
-    private func found(
+    func found(
         _ pool: StorePool, _ volume: String
     ) async throws(RefusedRequest) -> (record: VolumeRecord, entry: StorePool.Entry) {
         try await aside { () throws(BackendError) in
@@ -120,7 +128,7 @@ actor Conductor {
         }
     }
 
-    private func keep(_ entry: StorePool.Entry, _ pool: StorePool, _ volume: String) async throws(RefusedRequest) {
+    func keep(_ entry: StorePool.Entry, _ pool: StorePool, _ volume: String) async throws(RefusedRequest) {
         try await aside { () throws(BackendError) in try pool.keep(entry, of: volume) }
     }
 
@@ -130,7 +138,7 @@ actor Conductor {
         Int((size + StoreProtocol.shardSize - 1) / StoreProtocol.shardSize)
     }
 
-    private func order(
+    func order(
         _ operation: String, _ pool: StorePool, _ volume: String, size: UInt64, _ entry: StorePool.Entry
     ) -> VolumeOrder {
         let count = Self.shardCount(size)
@@ -148,7 +156,7 @@ actor Conductor {
             })
     }
 
-    private enum Outcome: Sendable {
+    enum Outcome: Sendable {
         case done
         case refused(RefusedRequest)
         case unreachable(StoreCaller.Unreachable)
@@ -176,7 +184,7 @@ actor Conductor {
         }
     }
 
-    private func send(_ order: VolumeOrder, toEach stores: [String]) async -> [String: Outcome] {
+    func send(_ order: VolumeOrder, toEach stores: [String]) async -> [String: Outcome] {
         await withTaskGroup(of: (String, Outcome).self) { group in
             for store in Set(stores) { group.addTask { (store, await self.send(order, to: store)) } }
             var outcomes: [String: Outcome] = [:]
@@ -186,7 +194,7 @@ actor Conductor {
     }
 
     /// All of them, or an error.
-    private func require(_ order: VolumeOrder, of stores: [String]) async throws(RefusedRequest) {
+    func require(_ order: VolumeOrder, of stores: [String]) async throws(RefusedRequest) {
         for (_, outcome) in await send(order, toEach: stores) {
             switch outcome {
             case .done: break
@@ -202,7 +210,8 @@ actor Conductor {
         faults?.count(.opens)
         let pool = try pool(query)
         let name = try volumeName(query)
-        let (record, entry) = try await found(pool, name)
+        let (record, known) = try await found(pool, name)
+        var entry = known
         var order = order("prepare_volume", pool, name, size: record.size, entry)
         var size = record.size
         var number: Int64 = -1
@@ -214,17 +223,19 @@ actor Conductor {
             order.snapshotName = snapshot.name
             order.snapSeq = number
         }
-        let shardCount = Self.shardCount(size)
-        let outcomes = await send(order, toEach: Array(entry.stores.prefix(shardCount)))
-        var usable: Set<String> = []
-        for (store, outcome) in outcomes {
+        let shardCount = min(Self.shardCount(size), entry.shards ?? .max)
+        let holders = Array(entry.stores.prefix(shardCount))
+        let told = await believed(holders)
+        var usable = Set(holders).subtracting(told)
+        for (store, outcome) in await send(order, toEach: told) {
             switch outcome {
             case .done: usable.insert(store)
             case .refused(let refusal): throw refusal
-            case .unreachable: break
+            case .unreachable: try await writeOff(store, of: &entry, pool, name)
             }
         }
-        if faults?.value(.emptyStores) ?? 0 > 0 { usable = [] }
+        usable.subtract(entry.writtenOff)
+        if faults?.isOn(.emptyStores) == true { usable = [] }
         return OpenVolumeAnswer(
             volumeName: name, volumeSize: size, volumeId: entry.id, shardCount: shardCount,
             metaVer: entry.metaVersion, snapSeq: number,
@@ -232,7 +243,32 @@ actor Conductor {
                 let store = entry.stores[index % entry.stores.count]
                 let works = usable.contains(store)
                 return .init(index: index, storeIps: works ? store : "", status: works ? "OK" : "ERROR")
-            })
+            }, addsShards: faults?.isOn(.damagingResize) == true ? nil : 1)
+    }
+
+    /// Those of the stores that are believed alive.
+    private func believed(_ stores: [String]) async -> [String] {
+        guard let beliefs, faults?.isOn(.belief) == true else { return stores }
+        var alive: [String] = []
+        for store in Set(stores).sorted() where await beliefs.believes(in: store) { alive.append(store) }
+        return alive
+    }
+
+    private func storeNodes() async -> [ListStoreAnswer.Store] {
+        let alive = await believed(stores)
+        return stores.enumerated().map { number, address in
+            .init(id: number + 1, mngtIp: address, status: alive.contains(address) ? "OK" : "OFFLINE")
+        }
+    }
+
+    /// As PureFlash's own conductor does with a store that it believes in and that does not take an order: for good.
+    func writeOff(
+        _ store: String, of entry: inout StorePool.Entry, _ pool: StorePool, _ name: String
+    ) async throws(RefusedRequest) {
+        guard faults?.isOn(.belief) == true, !entry.writtenOff.contains(store) else { return }
+        entry.writtenOff.append(store)
+        logger.error("fault: \(store) is written off for \(pool.name)/\(name)")
+        try await keep(entry, pool, name)
     }
 
     private func create(_ query: HTTPQuery) async throws(RefusedRequest) -> CreateVolumeAnswer {
@@ -353,52 +389,16 @@ actor Conductor {
                 .invalidArgument,
                 "size is \(mebibytes) MiB and the volume has \(record.size) bytes: a volume can only grow")
         }
+        if faults?.isOn(.damagingResize) == true {
+            var entry = entry
+            entry.shards = entry.shards ?? Self.shardCount(record.size)
+            try await keep(entry, pool, name)
+        }
         let order = order("resize_volume", pool, name, size: size, entry)
         // Its record here is what counts, and comes last: should one store fail, the old size is true everywhere.
         try await require(order, of: entry.stores.filter { $0 != node.address })
         try await require(order, of: [node.address])
         logger.info("\(pool.name)/\(name) has \(size) bytes now")
-    }
-
-    private func createSnapshot(_ query: HTTPQuery) async throws(RefusedRequest) {
-        let pool = try pool(query)
-        let name = try volumeName(query)
-        let wanted = query.parameters["snapshot_name"] ?? ""
-        do throws(ConfigurationError) { try VolumeName.validate(component: wanted, as: "snapshot_name") } catch {
-            throw RefusedRequest(.invalidArgument, "\(error)")
-        }
-        let (record, known) = try await found(pool, name)
-        var entry = known
-        guard !entry.snapshots.contains(where: { $0.name == wanted }) else {
-            throw RefusedRequest(.alreadyDone, "\(pool.name)/\(name)@\(wanted) exists already")
-        }
-        var order = order("create_snapshot", pool, name, size: record.size, entry)
-        let holders = Set(entry.stores.prefix(order.shardCount))
-        guard holders.count == 1 else {
-            throw RefusedRequest(
-                .invalidState,
-                "\(pool.name)/\(name) lies on \(holders.count) stores, which cannot make one snapshot at one moment")
-        }
-        order.snapshotName = wanted
-        order.replaces = entry.begun.contains(wanted)
-        // Known before the store knows it: one that is made and not noted here could be neither opened nor made again.
-        if order.replaces == false {
-            entry.begun = entry.begun.suffix(Self.maximumBegun - 1) + [wanted]
-            try await keep(entry, pool, name)
-        }
-        do throws(RefusedRequest) { try await require(order, of: Array(holders)) } catch {
-            if error.code == .alreadyDone, order.replaces == false {
-                // Somebody else's, which no later try is to replace.
-                entry.begun.removeAll { $0 == wanted }
-                try await keep(entry, pool, name)
-            }
-            throw error
-        }
-        entry.begun.removeAll { $0 == wanted }
-        entry.snapshots.append(.init(name: wanted, number: entry.nextSnapshot, size: record.size))
-        entry.nextSnapshot += 1
-        try await keep(entry, pool, name)
-        logger.info("made the snapshot \(pool.name)/\(name)@\(wanted)")
     }
 
     private func list(_ query: HTTPQuery) async throws(RefusedRequest) -> ListVolumeAnswer {

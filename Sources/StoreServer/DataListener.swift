@@ -89,6 +89,9 @@ final class DataListener: @unchecked Sendable {
             logger.warning("\(peer): handshake refused: version \(message.result) of the protocol")
         } else if faults?.value(.refuse) ?? 0 > 0 {
             logger.info("\(peer): fault: handshake refused")
+        } else if volume(message.volumeID) != nil, faults?.spend(.closeFirst) == true {
+            answer.result = 0
+            logger.info("\(peer): fault: closed behind a good handshake")
         } else if let volume = volume(message.volumeID) {
             return volume.attach(descriptor: descriptor, peer: peer, handshake: message)
         } else {

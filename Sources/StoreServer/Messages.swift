@@ -122,6 +122,8 @@ struct OpenVolumeAnswer: Encodable {
     var shards: [Shard]
     /// log2 of the bytes of a shard, whatever its name says.
     var shardLbaCntOrder = 36
+    /// A volume that grows gets shards. PureFlash's own conductor adds none, and does not say so.
+    var addsShards: Int?
     var op = "open_volume_reply"
     var retCode = 0
 }
@@ -177,7 +179,7 @@ struct ListStoreAnswer: Encodable {
         var status: String
     }
 
-    var stores: [Store]
+    var storeNodes: [Store]
     var op = "list_store_reply"
     var retCode = 0
 }

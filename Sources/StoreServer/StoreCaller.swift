@@ -45,6 +45,9 @@ struct StoreCaller: Sendable {
         } catch { throw Unreachable(description: "the store \(store):\(port): \(error)") }
     }
 
+    /// Whether it answers at all, whatever it says.
+    func answers(_ store: String) async -> Bool { await (try? post("/", "", store, within: .seconds(1))) != nil }
+
     private func post(
         _ uri: String, _ body: String, _ store: String, within time: TimeAmount
     ) async throws -> [UInt8] {

@@ -70,6 +70,7 @@ actor StoreNode {
                 try await prepare(order, pool)
                 if let snapshot = order.snapshotName { try await prepare(snapshot, order, pool) }
             case "create_snapshot": try await createSnapshot(order, pool)
+            case "delete_snapshot": try await deleteSnapshot(order, pool)
             case "create_volume":
                 try await Aside.run { () throws(BackendError) in try Self.create(order, pool) }
                 logger.info("created \(Self.name(order, pool)), \(order.volumeSize) bytes")
@@ -209,8 +210,36 @@ actor StoreNode {
             }
             return
         }
-        try await volume.makeSnapshot(name)
+        try await volume.change(.snapshot(name))
     }
+
+    private func deleteSnapshot(_ order: VolumeOrder, _ pool: StorePool) async throws(BackendError) {
+        guard let snapshots = pool.volumes as? any SnapshotPool, let name = order.snapshotName else {
+            throw BackendError(code: EOPNOTSUPP, message: "the volumes of tenant \(pool.name) have no snapshots")
+        }
+        let volume = served(order, pool)
+        if let number = UInt32(exactly: order.snapSeq) { try await volume?.remove(number) }
+        try await Aside.run { () throws(BackendError) in
+            do throws(BackendError) { try snapshots.deleteSnapshot(volume: order.volumeName, snapshot: name) } catch {
+                // An earlier try came as far as this.
+                guard error.code == ENOENT else { throw error }
+            }
+        }
+        let logger = logger
+        let full = Self.name(order, pool)
+        Task {
+            do throws(BackendError) {
+                for _ in 0..<Self.tidyingRounds {
+                    let merged = try await volume?.tidy() ?? false
+                    let outcome = try await Aside.run { () throws(BackendError) in try snapshots.tidy { false } }
+                    guard merged || outcome.changed else { break }
+                }
+            } catch { logger.warning("what \(full)@\(name) has left is not merged yet: \(error)") }
+        }
+    }
+
+    /// Of one deletion: a volume that is written to faster than its layers are merged is left for the next.
+    private static let tidyingRounds = 6
 
     /// Closes a volume that no client is connected to.
     private func release(_ order: VolumeOrder, _ pool: StorePool) async throws(BackendError) {

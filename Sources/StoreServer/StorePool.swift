@@ -21,6 +21,10 @@ final class StorePool: Sendable {
         var begun: [String] = []
         /// Stores that may have made this volume after its creation had failed. There is no such volume then.
         var suspects: [String] = []
+        /// Those there are, where a fault switch has the volume grow without more.
+        var shards: Int?
+        /// Stores that were written off, for a fault switch: the volume's shards there are served by nobody.
+        var writtenOff: [String] = []
         /// Of a volume that a conductor elsewhere had made here: its id there.
         var origin: UInt64?
     }
@@ -131,6 +135,8 @@ final class StorePool: Sendable {
             """
         if !entry.begun.isEmpty { text += "begun = \(entry.begun.joined(separator: ","))\n" }
         if !entry.suspects.isEmpty { text += "suspects = \(entry.suspects.joined(separator: ","))\n" }
+        if !entry.writtenOff.isEmpty { text += "written_off = \(entry.writtenOff.joined(separator: ","))\n" }
+        if let shards = entry.shards { text += "shards = \(shards)\n" }
         if let origin = entry.origin { text += "origin = 0x\(String(origin, radix: 16))\n" }
         try directory.write(text, to: draft)
         try directory.rename(draft, to: Self.file(volume))
@@ -167,7 +173,8 @@ final class StorePool: Sendable {
         }
         return Entry(
             id: id, metaVersion: metaVersion, stores: stores, snapshots: snapshots, nextSnapshot: nextSnapshot,
-            begun: list("begun"), suspects: list("suspects"), origin: hexadecimal("origin"))
+            begun: list("begun"), suspects: list("suspects"), shards: values["shards"].flatMap { Int($0) },
+            writtenOff: list("written_off"), origin: hexadecimal("origin"))
     }
 
     private static func snapshot(_ text: Substring) -> Snapshot? {

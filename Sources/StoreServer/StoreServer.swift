@@ -161,8 +161,8 @@ struct FaultControl: Sendable {
                 PlainAnswer(op: "faults_reply", retCode: error.code.rawValue, reason: error.reason))
         }
         node.faultsChanged()
-        let switches = Faults.Switch.allCases.map { ($0.name, faults.value($0)) }
-        let counters = Faults.Counter.allCases.map { ($0.name, faults.seen($0)) }
+        let switches = Faults.Switch.allCases.map { ($0.rawValue, faults.value($0)) }
+        let counters = Faults.Counter.allCases.map { ($0.rawValue, faults.seen($0)) }
         return StoreJSON.encode(
             FaultsAnswer(
                 faults: Dictionary(uniqueKeysWithValues: switches), seen: Dictionary(uniqueKeysWithValues: counters)))
@@ -180,7 +180,7 @@ struct FaultControl: Sendable {
                 try await conductor.makeStale(tenant: parts[0], volume: parts[1])
                 continue
             }
-            guard let found = Faults.Switch.allCases.first(where: { $0.name == name }), let value = UInt32(text) else {
+            guard let found = Faults.Switch(rawValue: name), let value = UInt32(text) else {
                 throw RefusedRequest(.invalidArgument, "no switch \(name)=\(text)")
             }
             faults.set(found, to: Int(value))

@@ -223,6 +223,29 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
         if let failure = failure ?? nil { throw failure }
     }
 
+    /// Closes a snapshot that is to be deleted. EBUSY while it is read.
+    func remove(_ number: UInt32) async throws(BackendError) {
+        let result = await loop.call { [self] () -> Result<(any OpenVolume)?, BackendError> in
+            guard let snapshot = snapshots[number] else { return .success(nil) }
+            guard snapshot.atBackend == 0 else {
+                return .failure(BackendError(code: EBUSY, message: "snapshot \(number) of \(name) is being read"))
+            }
+            snapshots[number] = nil
+            snapshot.backend.close()
+            return .success(snapshot.opened)
+        }
+        guard let opened = try result?.get() ?? nil else { return }
+        await Aside.always { opened.close() }
+    }
+
+    /// Merges what deleted snapshots have left, as far as it lies in the files of this volume.
+    func tidy() async throws(BackendError) -> Bool {
+        let opened = opened
+        guard let due = try await Aside.run({ () throws(BackendError) in try opened.dueChange() }) else { return false }
+        try await change(due)
+        return true
+    }
+
     /// Each holds a descriptor for every layer below it. Who reads it again is told to open it again.
     private func closeUnreadSnapshots() {
         let isConnected = !newcomers.isEmpty || sessions.contains { !$0.closed }
@@ -244,12 +267,12 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
     /// Seconds that commands may be held back for a snapshot.
     private static let holdLimit: UInt64 = 15
 
-    /// Makes a snapshot of all that was acknowledged; commands wait meanwhile, for a limited time.
-    func makeSnapshot(_ name: String) async throws(BackendError) {
+    /// Has the store changed, as a snapshot of all that was acknowledged; commands wait meanwhile, for a limited time.
+    func change(_ change: StoreChange) async throws(BackendError) {
         let old = opened
         // While I/O still runs, so that less is left for the pause; and before the pool is locked, for others' sake.
         try await Aside.run { () throws(BackendError) in try old.settle() }
-        let prepared = try await old.prepare(.snapshot(name), Patience())
+        let prepared = try await old.prepare(change, Patience())
         var failure: BackendError?
         do throws(BackendError) {
             try await Aside.run { () throws(BackendError) in try old.settle() }
@@ -328,7 +351,7 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
         var answer = newcomer.handshake
         answer.result = 0
         let full = sessions.count { !$0.closed } >= Self.maximumSessions
-        guard !stopping, Self.send(answer, to: newcomer.descriptor), !full else {
+        guard !stopping, Self.send(answer, to: newcomer.descriptor), !full, faults?.admit() ?? true else {
             if full { logger.warning("\(newcomer.peer): refused, \(Self.maximumSessions) are connected to \(name)") }
             Glibc.close(newcomer.descriptor)
             return
@@ -341,6 +364,7 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
             sessions.append(session)
             logger.debug("\(newcomer.peer): connected to \(name)")
         } catch {
+            faults?.dismiss()
             logger.warning("\(newcomer.peer): \(error)")
         }
     }
@@ -356,6 +380,7 @@ final class StoreVolume: BackendClient, TurnObserver, @unchecked Sendable {
 
     func sessionClosed(_ session: StoreSession, reason: String?) {
         anyClosed = true
+        faults?.dismiss()
         dropDelayed(of: session)
         if let reason {
             logger.info("\(session.peer): connection to \(name) ended: \(reason)")
@@ -580,8 +605,13 @@ extension StoreVolume {
             session.end("fault: closed after \(session.commands) commands")
             return true
         }
-        if faults.spend(.reopen) {
+        let isWrite = slot.pointee.command.opcode == StoreCommand.Opcode.write.rawValue
+        if faults.spend(.reopen) || isWrite && faults.isOn(.full) {
             answer(slot, StoreStatus.success.withReopen)
+            return true
+        }
+        if isWrite, slot.pointee.command.snapshot == StoreProtocol.head, faults.spend(.readOnly) {
+            answer(slot, .readOnly)
             return true
         }
         let wait = UInt64(faults.value(.delay)) * 1_000_000

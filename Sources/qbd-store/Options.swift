@@ -31,7 +31,7 @@ struct Options: ParsableCommand {
     var conductorPort = DaemonConfiguration.Conductor.defaultPort
 
     @Option(help: ArgumentHelp("The port a conductor tells stores at.", valueName: "port"))
-    var storePort: UInt16 = 49181
+    var storePort = StoreProtocol.httpPort
 
     @Option(
         help: ArgumentHelp(

@@ -279,7 +279,8 @@ def test_open_volume_answers_as_recorded(store):
     assert volume_id % (1 << 24) == 0 and volume_id > 0
     assert answer == {
         "status": "OK", "volume_name": "test_v1", "volume_size": 2 << 30, "shard_count": 1, "rep_count": 1,
-        "meta_ver": 0, "snap_seq": -1, "shard_lba_cnt_order": 36, "op": "open_volume_reply", "ret_code": 0,
+        "meta_ver": 0, "snap_seq": -1, "shard_lba_cnt_order": 36, "adds_shards": 1, "op": "open_volume_reply",
+        "ret_code": 0,
         "shards": [{"index": 0, "store_ips": store.address, "status": "OK", "is_shareddisk": 0}],
     }  # fmt: skip
 
@@ -359,7 +360,7 @@ def test_what_the_conductor_refuses(store):
 def test_the_rest_of_the_conductor(store):
     created = store.create("disk", "a", MiB)
     assert [tenant["name"] for tenant in store.ok("list_tenant")["tenants"]] == ["disk", "ram"]
-    assert [each["mngt_ip"] for each in store.ok("list_store")["stores"]] == [store.address]
+    assert [each["mngt_ip"] for each in store.ok("list_store")["store_nodes"]] == [store.address]
     (disk,) = store.ok("list_disk")["disks"]
     assert disk["device"] == str(store.pool_path) and 0 < disk["free_size"] <= disk["total_capacity"]
     answer = store.ok("handle_error", rep_id=created["id"], sc=196)

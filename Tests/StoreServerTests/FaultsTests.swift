@@ -10,7 +10,6 @@ import Testing
         for each in Faults.Switch.allCases { #expect(faults.value(each) == 0) }
         for (number, each) in Faults.Switch.allCases.enumerated() { faults.set(each, to: number + 1) }
         for (number, each) in Faults.Switch.allCases.enumerated() { #expect(faults.value(each) == number + 1) }
-        #expect(Set(Faults.Switch.allCases.map(\.name)).count == Faults.Switch.allCases.count)
     }
 
     @Test func whatIsCountedDownIsSpentOnce() {
