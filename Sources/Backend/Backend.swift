@@ -249,6 +249,9 @@ package protocol VolumePool: AnyObject, Sendable {
     ///   - size: bytes, a multiple of `blockSize`, at least one block.
     ///   - blockSize: 512 or 4096.
     func create(volume: String, size: UInt64, blockSize: UInt32) throws(BackendError) -> VolumeRecord
+    /// The same, of a pool that can keep several copies.
+    /// - Parameter replicas: copies of its data, at least 1; nil leaves that to the pool.
+    func create(volume: String, size: UInt64, blockSize: UInt32, replicas: Int?) throws(BackendError) -> VolumeRecord
     /// Fails with EBUSY while the volume, or a snapshot of it, is open anywhere.
     /// - Parameters:
     ///   - snapshots: delete its snapshots too; EBUSY when it has some and this is false.
@@ -271,6 +274,17 @@ package protocol VolumePool: AnyObject, Sendable {
 }
 
 extension VolumePool {
+    package func create(
+        volume: String, size: UInt64, blockSize: UInt32, replicas: Int?
+    ) throws(BackendError) -> VolumeRecord {
+        guard replicas ?? 1 == 1 else {
+            throw BackendError(
+                code: EINVAL,
+                message: "replicas \(replicas ?? 1): pool \(name) keeps one copy of a volume; a cluster can keep more")
+        }
+        return try create(volume: volume, size: size, blockSize: blockSize)
+    }
+
     package func open(volume: String, readOnly: Bool, within limit: UInt64?) throws(BackendError) -> any OpenVolume {
         try open(volume: volume, readOnly: readOnly)
     }
@@ -316,6 +330,8 @@ package protocol SnapshotPool: VolumePool {
     /// volumes as well.
     var openVolumesMakeSnapshots: Bool { get }
     /// Of a volume that is not open, unless open ones leave it to the pool.
+    /// Looks whether a snapshot can be made now, before I/O is held back for it. Nothing is done yet.
+    func expectSnapshot(volume: String) throws(BackendError)
     func createSnapshot(volume: String, snapshot: String) throws(BackendError) -> SnapshotRecord
     /// Oldest first.
     func snapshots(volume: String) throws(BackendError) -> [SnapshotRecord]
@@ -333,6 +349,7 @@ package protocol SnapshotPool: VolumePool {
 
 extension SnapshotPool {
     package var openVolumesMakeSnapshots: Bool { true }
+    package func expectSnapshot(volume: String) throws(BackendError) {}
 }
 
 /// What `SnapshotPool.tidy` came to.

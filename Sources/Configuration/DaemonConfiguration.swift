@@ -43,6 +43,11 @@ package struct DaemonConfiguration: Sendable {
         package internal(set) var connectionsPerStore = 1
         /// TCP port of the stores' data connections.
         package internal(set) var storePort = 49162
+        /// TCP port on which a conductor tells stores things; nil where it is not known, because the data port is not
+        /// the usual one either.
+        package internal(set) var storeHTTPPort: Int? = 49181
+        /// How long a conductor may believe in a store that has died.
+        package internal(set) var storeGrace = Duration.seconds(6)
         /// How long one I/O may take, retries included, before it fails.
         package internal(set) var ioTimeout = Duration.seconds(30)
         /// How long connecting to a store may take.

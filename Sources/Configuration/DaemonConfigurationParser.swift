@@ -60,6 +60,7 @@ struct DaemonConfigurationParser {
             }
         }
         settleClusterName()
+        settleStorePorts()
         try settlePools()
         if suppressedWarnings > 0 {
             configuration.warnings.append("\(configuration.file): \(suppressedWarnings) more warnings are not shown")
@@ -128,6 +129,10 @@ extension DaemonConfigurationParser {
             configuration.client.tcpNoDelay = try Value.flag(value, of: key)
         case ("client", "store_port"):
             configuration.client.storePort = try Value.integer(value, of: key, in: 1...65535)
+        case ("client", "store_http_port"):
+            configuration.client.storeHTTPPort = try Value.integer(value, of: key, in: 1...65535)
+        case ("client", "store_grace"):
+            configuration.client.storeGrace = try Value.seconds(value, of: key)
         case ("client", "io_depth"):
             configuration.client.ioDepth = try Value.integer(value, of: key, in: 1...255)
         case ("client", "connections_per_store"):
@@ -194,6 +199,15 @@ extension DaemonConfigurationParser {
 // MARK: - After the last line
 
 extension DaemonConfigurationParser {
+    /// PureFlash's own stores have one port for data and one for their conductor, always: with another one for data, the
+    /// other is not known.
+    private mutating func settleStorePorts() {
+        guard configuration.client.storePort != DaemonConfiguration.Client().storePort,
+            lastLines[Key(section: "client", name: "store_http_port")] == nil
+        else { return }
+        configuration.client.storeHTTPPort = nil
+    }
+
     /// `[zookeeper] cluster_name` is qbd's own place for the name, `[cluster] name` is pf.conf's.
     private mutating func settleClusterName() {
         guard let alternate = clusterSectionName else { return }

@@ -22,6 +22,7 @@ package struct LetterUsage {
         Option(short: "k", long: "size", takesValue: true),
         Option(short: "V", long: "verbose", takesValue: false),
         Option(short: nil, long: "block-size", takesValue: true),
+        Option(short: nil, long: "replicas", takesValue: true),
         Option(short: nil, long: "socket", takesValue: true),
         Option(short: nil, long: "timeout", takesValue: true),
         Option(short: nil, long: "device", takesValue: true),

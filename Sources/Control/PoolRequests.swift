@@ -11,16 +11,19 @@ package struct CreateRequest: ControlRequest {
     package var size: UInt64
     /// Bytes: 512 or 4096.
     package var blockSize: UInt32
+    /// Copies of its data, 1 to 3; nil, and then absent, leaves that to the pool.
+    package var replicas: Int?
 
-    package init(volume: String, config: String, size: UInt64, blockSize: UInt32) {
+    package init(volume: String, config: String, size: UInt64, blockSize: UInt32, replicas: Int? = nil) {
         self.volume = volume
         self.config = config
         self.size = size
         self.blockSize = blockSize
+        self.replicas = replicas
     }
 
     package enum CodingKeys: String, CodingKey {
-        case volume, config, size
+        case volume, config, size, replicas
         case blockSize = "block_size"
     }
 }

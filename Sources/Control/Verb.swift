@@ -68,7 +68,7 @@ package enum Verb: String, CaseIterable, Sendable {
         case .throttle: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] [-t KEY=NUMBER[,...]] [--burst MS]"
         case .resume: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] -t normal|error|discard"
         case .resize: "[tcp://|rdma://]POOL/VOLUME [-c CONFIG] -k SIZE|--to-store-size [--rescan-partitions]"
-        case .create: "POOL/VOLUME -k SIZE [--block-size 512|4096] [-c CONFIG]"
+        case .create: "POOL/VOLUME -k SIZE [--block-size 512|4096] [--replicas N] [-c CONFIG]"
         case .delete: "POOL/VOLUME [--snapshots] [--force] [-c CONFIG]"
         case .volumes: "[POOL] [-c CONFIG]"
         case .snapshot: actions.joined(separator: "|") + " POOL/VOLUME[@SNAPSHOT] [-c CONFIG]"

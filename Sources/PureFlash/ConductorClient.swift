@@ -7,22 +7,10 @@ import NIOPosix
 /// Asks a cluster's conductor: HTTP GET with answers in JSON. From any thread but a volume's loop, which may only start
 /// a request.
 package final class ConductorClient: Sendable {
-    package struct Endpoint: Hashable, Sendable, CustomStringConvertible {
-        package let host: String
-        package let port: Int
-        package init(host: String, port: Int) {
-            self.host = host
-            self.port = port
-        }
-        package var description: String {
-            host.utf8.contains(UInt8(ascii: ":")) ? "[\(host)]:\(port)" : "\(host):\(port)"
-        }
-    }
-
     /// Where the conductors are.
     package enum Source: Sendable {
         /// In the order to try them; at least one.
-        case endpoints([Endpoint])
+        case endpoints([HTTPEndpoint])
         case zooKeeper(ConductorDiscovery)
 
         /// For an error's text.
@@ -44,6 +32,8 @@ package final class ConductorClient: Sendable {
     private static let changeTimeout = TimeAmount.seconds(60)
     /// Never shut down: it lives as long as the process.
     private static let group = MultiThreadedEventLoopGroup(numberOfThreads: 1)
+    /// On which everything of it is done.
+    static var loop: any NIOCore.EventLoop { group.any() }
 
     /// - Parameters:
     ///   - timeout: nanoseconds that one conductor has for one answer, and ZooKeeper for one question.
@@ -81,11 +71,12 @@ package final class ConductorClient: Sendable {
         }
     }
 
-    func create(tenant: String, volume: String, size: UInt64) throws(BackendError) -> CreateVolumeAnswer {
+    func create(tenant: String, volume: String, size: UInt64, replicas: Int) throws(BackendError) -> CreateVolumeAnswer
+    {
         try wait(
             ask(
                 "create_volume",
-                [("volume_name", volume), ("size", "\(size)"), ("rep_cnt", "1"), ("tenant_name", tenant)],
+                [("volume_name", volume), ("size", "\(size)"), ("rep_cnt", "\(replicas)"), ("tenant_name", tenant)],
                 isChange: true, of: CreateVolumeAnswer.self))
     }
 
@@ -98,6 +89,13 @@ package final class ConductorClient: Sendable {
 
     func list(tenant: String) throws(BackendError) -> [ListVolumeAnswer.Volume] {
         try wait(ask("list_volume", [("tenant_name", tenant), ("limit", "100000")], of: ListVolumeAnswer.self)).volumes
+    }
+
+    /// The addresses of the stores that it believes alive.
+    func aliveStores(within limit: UInt64?) -> EventLoopFuture<Set<String>> {
+        ask("list_store", [], within: limit, of: ListStoreAnswer.self).map { answer in
+            Set(answer.stores.lazy.filter(\.isBelievedAlive).map(\.address))
+        }
     }
 
     /// The names of the cluster's tenants. From any task.
@@ -113,6 +111,14 @@ package final class ConductorClient: Sendable {
         _ = try wait(
             ask(
                 "create_snapshot",
+                [("tenant_name", tenant), ("volume_name", volume), ("snapshot_name", snapshot)],
+                isChange: true, of: ConductorStatus.self))
+    }
+
+    func deleteSnapshot(tenant: String, volume: String, snapshot: String) throws(BackendError) {
+        _ = try wait(
+            ask(
+                "delete_snapshot",
                 [("tenant_name", tenant), ("volume_name", volume), ("snapshot_name", snapshot)],
                 isChange: true, of: ConductorStatus.self))
     }
@@ -133,7 +139,7 @@ package final class ConductorClient: Sendable {
         return try Self.outcome(result).get()
     }
 
-    private static func outcome<Answer>(_ result: Result<Answer, any Error>) -> Result<Answer, BackendError> {
+    static func outcome<Answer>(_ result: Result<Answer, any Error>) -> Result<Answer, BackendError> {
         result.mapError { error in
             error as? BackendError ?? BackendError(code: EIO, message: "the conductor could not be asked: \(error)")
         }
@@ -144,7 +150,7 @@ package final class ConductorClient: Sendable {
         of: Answer.Type
     ) -> EventLoopFuture<Answer> {
         let query = ([("op", operation)] + parameters).map { "\($0)=\(Self.escaped($1))" }.joined(separator: "&")
-        let loop = Self.group.any()
+        let loop = Self.loop
         let deadline = limit.map { .now() + .nanoseconds(Int64(clamping: $0)) } ?? NIODeadline.distantFuture
         return conductors(on: loop, until: deadline).flatMap { [self] conductors in
             get("/s5c/?\(query)", from: conductors[...], until: deadline, isChange: isChange, on: loop)
@@ -160,11 +166,11 @@ package final class ConductorClient: Sendable {
 
     private func conductors(
         on loop: any NIOCore.EventLoop, until deadline: NIODeadline
-    ) -> EventLoopFuture<[Endpoint]> {
+    ) -> EventLoopFuture<[HTTPEndpoint]> {
         switch source {
         case .endpoints(let endpoints): return loop.makeSucceededFuture(endpoints)
         case .zooKeeper(let discovery):
-            let promise = loop.makePromise(of: Endpoint.self)
+            let promise = loop.makePromise(of: HTTPEndpoint.self)
             let patience = patience(deadline)
             let timer = loop.scheduleTask(in: patience) {
                 if let last = discovery.last { return promise.succeed(last) }
@@ -182,7 +188,7 @@ package final class ConductorClient: Sendable {
 
     /// - Parameter isChange: once it was sent, no other conductor is asked: it may have been done, or still be.
     private func get(
-        _ uri: String, from endpoints: ArraySlice<Endpoint>, until deadline: NIODeadline, isChange: Bool,
+        _ uri: String, from endpoints: ArraySlice<HTTPEndpoint>, until deadline: NIODeadline, isChange: Bool,
         on loop: any NIOCore.EventLoop
     ) -> EventLoopFuture<[UInt8]> {
         guard let endpoint = endpoints.first else {
@@ -202,10 +208,10 @@ package final class ConductorClient: Sendable {
 
     /// - Parameter isSent: set for a change when the conductor is reached, which then has the time of one.
     private func get(
-        _ uri: String, from endpoint: Endpoint, within timeout: TimeAmount, _ isSent: NIOLoopBoundBox<Bool>?,
+        _ uri: String, from endpoint: HTTPEndpoint, within timeout: TimeAmount, _ isSent: NIOLoopBoundBox<Bool>?,
         on loop: any NIOCore.EventLoop
     ) -> EventLoopFuture<[UInt8]> {
-        let promise = loop.makePromise(of: [UInt8].self)
+        let promise = loop.makePromise(of: HTTPExchange.Answer.self)
         let fail: @Sendable (TimeAmount) -> Void = { time in
             promise.fail(
                 BackendError(
@@ -218,28 +224,26 @@ package final class ConductorClient: Sendable {
             if isSent?.value != true { fail(timeout) }
         }
         let remedy = source.remedy
-        ClientBootstrap(group: loop).connectTimeout(timeout).channelInitializer { channel in
-            channel.eventLoop.makeCompletedFuture {
-                try channel.pipeline.syncOperations.addHTTPClientHandlers()
-                try channel.pipeline.syncOperations.addHandler(Exchange(uri: uri, endpoint: endpoint, promise: promise))
-            }
-        }.connect(host: endpoint.host, port: endpoint.port).whenComplete { result in
-            switch result {
-            case .failure(let error): promise.fail(Self.unreachable(endpoint, error, remedy))
-            case .success(let channel):
-                isSent?.value = true
-                promise.futureResult.whenComplete { _ in channel.close(promise: nil) }
-            }
-        }
+        HTTPExchange.get(
+            uri, from: endpoint, peer: "the conductor \(endpoint)", timeout: timeout, promise: promise, on: loop,
+            connected: { isSent?.value = true }
+        ) { Self.unreachable(endpoint, $0, remedy) }
         promise.futureResult.whenComplete { _ in
             deadline.cancel()
             last?.cancel()
         }
-        return promise.futureResult
+        return promise.futureResult.flatMapThrowing { answer in
+            guard answer.status == .ok else {
+                throw BackendError(
+                    code: answer.status.code >= 500 ? EAGAIN : EREMOTEIO,
+                    message: "the conductor \(endpoint) answered with HTTP status \(answer.status.code)")
+            }
+            return answer.body
+        }
     }
 
     private static func unreachable(
-        _ endpoint: Endpoint, _ error: any Error, _ remedy: String
+        _ endpoint: HTTPEndpoint, _ error: any Error, _ remedy: String
     ) -> BackendError {
         let code: Int32
         let reason: String
@@ -272,66 +276,5 @@ package final class ConductorClient: Sendable {
                 return "%" + (digits.count == 1 ? "0" + digits : digits)
             }
         }.joined()
-    }
-}
-
-/// One question and its answer.
-private final class Exchange: ChannelInboundHandler {
-    typealias InboundIn = HTTPClientResponsePart
-    typealias OutboundOut = HTTPClientRequestPart
-
-    /// Bytes of an answer, far more than any cluster's.
-    private static let maximumBody = 32 << 20
-
-    private let uri: String
-    private let endpoint: ConductorClient.Endpoint
-    private let promise: EventLoopPromise<[UInt8]>
-    private var status = HTTPResponseStatus.ok
-    private var body: [UInt8] = []
-
-    init(uri: String, endpoint: ConductorClient.Endpoint, promise: EventLoopPromise<[UInt8]>) {
-        self.uri = uri
-        self.endpoint = endpoint
-        self.promise = promise
-    }
-
-    func channelActive(context: ChannelHandlerContext) {
-        let headers: HTTPHeaders = ["Host": "\(endpoint)", "Accept": "*/*", "Connection": "close"]
-        let head = HTTPRequestHead(version: .http1_1, method: .GET, uri: uri, headers: headers)
-        context.write(wrapOutboundOut(.head(head)), promise: nil)
-        context.writeAndFlush(wrapOutboundOut(.end(nil)), promise: nil)
-    }
-
-    func channelRead(context: ChannelHandlerContext, data: NIOAny) {
-        switch unwrapInboundIn(data) {
-        case .head(let head): status = head.status
-        case .body(let part):
-            body += part.readableBytesView
-            if body.count > Self.maximumBody { fail("sent more than \(Self.maximumBody) bytes") }
-        case .end:
-            guard status == .ok else {
-                return fail("answered with HTTP status \(status.code)", status.code >= 500 ? EAGAIN : EREMOTEIO)
-            }
-            promise.succeed(body)
-        }
-    }
-
-    func errorCaught(context: ChannelHandlerContext, error: any Error) {
-        switch error {
-        case let error as IOError:
-            fail("was lost before it answered: \(String(cString: strerror(error.errnoCode)))", error.errnoCode)
-        case HTTPParserError.invalidEOFState: channelInactive(context: context)
-        default: fail("sent no HTTP: \(error)")
-        }
-    }
-
-    func channelInactive(context: ChannelHandlerContext) {
-        fail("closed the connection before it had answered", ECONNRESET)
-    }
-
-    /// After the answer, nothing more is heard of it.
-    /// - Parameter code: one that says whether time will help: a conductor that ends or is started is there again soon.
-    private func fail(_ what: String, _ code: Int32 = EREMOTEIO) {
-        promise.fail(BackendError(code: code, message: "the conductor \(endpoint) \(what)"))
     }
 }

@@ -17,17 +17,17 @@ package final class ConductorDiscovery: Sendable {
     private enum Knowledge {
         /// Not asked yet, or there was no answer yet.
         case none
-        case leader(ConductorClient.Endpoint)
+        case leader(HTTPEndpoint)
         case failure(BackendError)
     }
 
-    package typealias Leader = Result<ConductorClient.Endpoint, BackendError>
+    package typealias Leader = Result<HTTPEndpoint, BackendError>
 
     private struct State {
         var started = false
         var knowledge = Knowledge.none
         /// The last leader, while what ZooKeeper says now is not known.
-        var last: ConductorClient.Endpoint?
+        var last: HTTPEndpoint?
         var told = ""
         var waiting: [@Sendable (Leader) -> Void] = []
     }
@@ -56,7 +56,7 @@ package final class ConductorDiscovery: Sendable {
     var remedy: String { "look whether it runs: ZooKeeper at \(servers) has it as the conductor of \(cluster)" }
 
     /// The last leader that was known.
-    var last: ConductorClient.Endpoint? { state.withLock { $0.last } }
+    var last: HTTPEndpoint? { state.withLock { $0.last } }
 
     /// Calls back at once with what is known, or else, on another thread, when something is.
     func leader(_ completion: @escaping @Sendable (Leader) -> Void) {
@@ -114,7 +114,7 @@ package final class ConductorDiscovery: Sendable {
     }
 
     /// An IP address, as PureFlash's conductor writes it, and a port where it is not the usual one.
-    package static func endpoint(_ bytes: [UInt8]) -> ConductorClient.Endpoint? {
+    package static func endpoint(_ bytes: [UInt8]) -> HTTPEndpoint? {
         guard let text = String(validating: bytes, as: UTF8.self) else { return nil }
         if StoreAddress(text) != nil { return .init(host: text, port: ConductorClient.defaultPort) }
         guard let colon = text.lastIndex(of: ":"), let port = UInt16(text[colon...].dropFirst()), port > 0 else {

@@ -5,6 +5,9 @@ import Glibc
 extension PureFlashPool: SnapshotPool {
     package var openVolumesMakeSnapshots: Bool { false }
 
+    /// A store that cannot be told of a snapshot is written off.
+    package func expectSnapshot(volume: String) throws(BackendError) { try requireStores(of: volume) }
+
     package func createSnapshot(volume: String, snapshot: String) throws(BackendError) -> SnapshotRecord {
         let found = try find(volume)
         try conductor.createSnapshot(tenant: name, volume: volume, snapshot: snapshot)
@@ -17,7 +20,7 @@ extension PureFlashPool: SnapshotPool {
     }
 
     package func deleteSnapshot(volume: String, snapshot: String) throws(BackendError) {
-        throw missing("delete \(name)/\(volume)@\(snapshot)", "snapshots go with their volume")
+        try conductor.deleteSnapshot(tenant: name, volume: volume, snapshot: snapshot)
     }
 
     package func rollback(volume: String, snapshot: String) throws(BackendError) {

@@ -2,6 +2,7 @@ import Backend
 import EventLoop
 import Glibc
 import Logging
+import class NIOCore.EventLoopFuture
 import Synchronization
 
 /// A tenant of a PureFlash cluster. Its volumes are listed, made and grown by the conductor; their data is with the
@@ -10,6 +11,7 @@ package final class PureFlashPool: VolumePool {
     package let name: String
     let conductor: ConductorClient
     private let settings: PureFlashSettings
+    private let watch: StoreWatch
     private let logger: Logger
 
     /// - Parameter name: the tenant's.
@@ -18,14 +20,21 @@ package final class PureFlashPool: VolumePool {
         self.conductor = conductor
         self.settings = settings
         self.logger = logger
+        watch = StoreWatch(port: settings.httpPort, grace: settings.grace)
     }
 
     package func create(volume: String, size: UInt64, blockSize: UInt32) throws(BackendError) -> VolumeRecord {
+        try create(volume: volume, size: size, blockSize: blockSize, replicas: nil)
+    }
+
+    package func create(
+        volume: String, size: UInt64, blockSize: UInt32, replicas: Int?
+    ) throws(BackendError) -> VolumeRecord {
         guard blockSize == StoreProtocol.sector else {
             throw BackendError(
                 code: EINVAL, message: "block size \(blockSize): a PureFlash volume has blocks of 512 bytes")
         }
-        let made = try conductor.create(tenant: name, volume: volume, size: size)
+        let made = try conductor.create(tenant: name, volume: volume, size: size, replicas: replicas ?? 1)
         return record(made.id, volume, made.size)
     }
 
@@ -42,10 +51,13 @@ package final class PureFlashPool: VolumePool {
         let current = try find(volume)
         guard let size else { return current }
         let grown = try grow(current, to: size)
-        if (size - 1) / StoreProtocol.shardSize > (current.size - 1) / StoreProtocol.shardSize {
-            try check(open(volumeNamed: volume), has: size, volume)
-        }
+        if Self.needsShard(current, for: size) { try check(open(volumeNamed: volume), has: size, volume) }
         return grown
+    }
+
+    /// Whether the size goes beyond the border of a shard.
+    private static func needsShard(_ current: VolumeRecord, for size: UInt64) -> Bool {
+        (size - 1) / StoreProtocol.shardSize > (current.size - 1) / StoreProtocol.shardSize
     }
 
     func find(_ volume: String) throws(BackendError) -> VolumeRecord {
@@ -61,6 +73,16 @@ package final class PureFlashPool: VolumePool {
         guard size % (1 << 20) == 0 else {
             throw BackendError(
                 code: EINVAL, message: "size \(size): a PureFlash volume grows to whole MiB (1048576 bytes)")
+        }
+        if Self.needsShard(current, for: size) {
+            let limit = try open(volumeNamed: current.volume).sizeLimit
+            guard size <= limit else {
+                throw BackendError(
+                    code: EOPNOTSUPP,
+                    message:
+                        "\(name)/\(current.volume) cannot have \(size) bytes: its shards hold \(limit), and the conductor"
+                        + " adds none; make a larger volume, and copy it")
+            }
         }
         try conductor.resize(tenant: name, volume: current.volume, size: size)
         return current.resized(to: size)
@@ -105,36 +127,77 @@ package final class PureFlashPool: VolumePool {
             readOnly: readOnly || layout.snapshot != StoreProtocol.head, logger: logger)
     }
 
+    /// Fails with EHOSTDOWN, and asks the conductor nothing, when a store does not answer that the conductor may still
+    /// believe alive.
     /// - Parameters:
     ///   - volume: `volume`, or `volume@snapshot`.
     ///   - limit: nanoseconds for all tries together.
+    ///   - stores: those that nothing is to happen to: the addresses that have the only replica of a shard, each with the
+    ///     monotonic nanoseconds since which it is lost, if it is. Nil for all that the conductor believes alive.
     ///   - completion: called on a thread of the conductor's client.
     fileprivate func open(
-        volumeNamed volume: String, within limit: UInt64? = nil,
+        volumeNamed volume: String, within limit: UInt64? = nil, sparing stores: [String: UInt64?]? = nil,
         completion: @escaping @Sendable (Result<VolumeLayout, BackendError>) -> Void
     ) {
         let parts = volume.split(separator: "@", maxSplits: 1)
         let snapshot = parts.count > 1 ? String(parts[1]) : ""
-        conductor.open(tenant: name, volume: String(parts.first ?? ""), snapshot: snapshot, within: limit) { result in
-            completion(
-                result.mapError { error in
-                    // A conductor that does not find one has no words for it.
-                    guard !snapshot.isEmpty, error.code == EREMOTEIO else { return error }
-                    return BackendError(
-                        code: error.code, message: "\(error.message); maybe there is no snapshot '\(snapshot)'")
-                }.flatMap { layout in
-                    // What is not asked for must be neither read nor written.
-                    guard snapshot.isEmpty == (layout.snapshot == StoreProtocol.head) else {
-                        return .failure(
-                            BackendError(
-                                code: EPROTO,
-                                message:
-                                    "the conductor's answer to open_volume has snap_seq \(layout.snapshot) for \(volume)"
-                            ))
-                    }
-                    return .success(layout)
-                })
+        doubtful(stores, within: limit).whenComplete { [self] result in
+            switch ConductorClient.outcome(result) {
+            case .failure(let error): return completion(.failure(error))
+            case .success(let doubtful) where !doubtful.isEmpty:
+                return completion(.failure(unasked("opened", doubtful)))
+            case .success: break
+            }
+            conductor.open(
+                tenant: name, volume: String(parts.first ?? ""), snapshot: snapshot, within: limit
+            ) { result in
+                completion(
+                    result.mapError { error in
+                        // A conductor that does not find one has no words for it.
+                        guard !snapshot.isEmpty, error.code == EREMOTEIO else { return error }
+                        return BackendError(
+                            code: ENOENT, message: "there is no snapshot '\(snapshot)' there: \(error.message)")
+                    }.flatMap { layout in
+                        // What is not asked for must be neither read nor written.
+                        guard snapshot.isEmpty == (layout.snapshot == StoreProtocol.head) else {
+                            return .failure(
+                                BackendError(
+                                    code: EPROTO,
+                                    message:
+                                        "the conductor's answer to open_volume has snap_seq \(layout.snapshot) for"
+                                        + " \(volume)"))
+                        }
+                        return .success(layout)
+                    })
+            }
         }
+    }
+
+    private func doubtful(_ stores: [String: UInt64?]?, within limit: UInt64?) -> EventLoopFuture<[String]> {
+        let loop = ConductorClient.loop
+        guard watch.canLook else { return loop.makeSucceededFuture([]) }
+        if let stores { return watch.doubtful(Set(stores.keys), since: stores.compactMapValues(\.self), on: loop) }
+        return conductor.aliveStores(within: limit).flatMap { [watch] in watch.doubtful($0, on: loop) }
+    }
+
+    /// Fails with EHOSTDOWN when one that has a replica does not answer.
+    func requireStores(of volume: String) throws(BackendError) {
+        guard watch.canLook else { return }
+        let stores = Set(try open(volumeNamed: volume).shards.flatMap(\.addresses))
+        let result: Result<[String], any Error>
+        do { result = .success(try watch.silent(stores, on: ConductorClient.loop).wait()) } catch {
+            result = .failure(error)
+        }
+        let silent = try ConductorClient.outcome(result).get()
+        guard silent.isEmpty else { throw unasked("changed", silent) }
+    }
+
+    private func unasked(_ done: String, _ doubtful: [String]) -> BackendError {
+        BackendError(
+            code: EHOSTDOWN,
+            message:
+                "\(StoreWatch.doubt(doubtful)) where its conductor would tell it things: a volume that is \(done) now"
+                + " could lose its replica there for good")
     }
 
     fileprivate func open(volumeNamed volume: String, within limit: UInt64? = nil) throws(BackendError) -> VolumeLayout
@@ -163,6 +226,8 @@ final class PureFlashOpenVolume: OpenVolume {
     var layout: VolumeLayout { known.withLock { $0.layout } }
     /// Who is asked for it; for people.
     var conductor: String { pool.conductor.name }
+    /// `pool/volume`; for people.
+    var name: String { "\(pool.name)/\(record.volume)" }
     /// A store has no trim.
     var canTrim: Bool { false }
     var protocolName: String { "tcp" }
@@ -215,8 +280,13 @@ final class PureFlashOpenVolume: OpenVolume {
     }
 
     /// Calls back on a thread of the conductor's client.
-    func reopen(_ completion: @escaping @Sendable (Result<VolumeLayout, BackendError>) -> Void) {
-        pool.open(volumeNamed: record.volume, completion: completion)
+    /// - Parameter stores: the addresses that have the only replica of a shard, each with the monotonic nanoseconds since
+    ///   which it is lost, if it is.
+    func reopen(
+        sparing stores: [String: UInt64?],
+        _ completion: @escaping @Sendable (Result<VolumeLayout, BackendError>) -> Void
+    ) {
+        pool.open(volumeNamed: record.volume, sparing: stores, completion: completion)
     }
 
     func close() {}

@@ -16,11 +16,18 @@ package struct PureFlashSettings: Hashable, Sendable {
     /// times as long: a second after the cluster is well again, I/O has resumed.
     package var retryPause: UInt64 = 100_000_000
 
+    /// TCP port on which a conductor tells stores things; nil where it is not known.
+    package var httpPort: UInt16?
+    /// Nanoseconds that a conductor may believe in a store that has died.
+    package var grace: UInt64
+
     package init(
         noDelay: Bool, port: UInt16, depth: Int, ioTimeout: UInt64, connectTimeout: UInt64,
-        connectionsPerStore: Int = 1
+        connectionsPerStore: Int = 1, httpPort: UInt16? = nil, grace: UInt64 = 6_000_000_000
     ) {
         self.connectionsPerStore = connectionsPerStore
+        self.httpPort = httpPort
+        self.grace = grace
         self.noDelay = noDelay
         self.port = port
         self.depth = depth

@@ -7,9 +7,11 @@ import Logging
 /// A volume of a PureFlash cluster, on a loop: each shard on the store that serves it, one connection to each store, or a
 /// few.
 ///
-/// What goes wrong with a connection, a store or the layout is answered with one thing: the conductor is asked to open
-/// the volume again, once for all requests that wait, and these are sent again where its answer says. That goes on until
-/// it works, or until a request is as old as it may be and fails with EIO.
+/// What goes wrong with a connection, a store or the layout makes requests wait. A store that is lost and has the only
+/// replica of a shard is tried again. For everything else the conductor is asked to open the volume again, once for all
+/// requests that wait, and these are sent again where its answer says; but not while it may believe a store alive that
+/// nothing can replace (`StoreWatch`). That goes on until it works, or until a request is as old as it may be and fails
+/// with EIO.
 final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     /// Nanoseconds between two looks at the oldest request.
     private static let watch: UInt64 = 250_000_000
@@ -47,6 +49,10 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     private var stranded = StoreQueue()
     private var sequence = UInt32.random(in: 0..<1 << 24) << 8
     private var isReopening = false
+    /// What is known does not do: the conductor has to be asked.
+    private var needsLayout = false
+    /// By address: the loop's time since which a store could not be connected to.
+    private var lostSince: [String: UInt64] = [:]
     private var closed = false
     /// Tries in a row without an answered request.
     private var troubles = 0
@@ -96,6 +102,7 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
         pause = nil
         watchdog = nil
         for connection in connections { connection.close() }
+        for name in Set(connections.map(\.name)) { StoreGuests.shared.note(self, at: name, connections: 0) }
         buffers.free(zeros)
         loop.unobserve(self)
     }
@@ -170,7 +177,8 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     private func dispatch(_ request: UnsafeMutablePointer<StoreRequest>) {
         guard let connection = connection(of: Int(request.pointee.shard)) else {
             stranded.append(request)
-            if !isReopening, pause?.isArmed == false { scheduleReopen() }
+            needsLayout = true
+            if !isReopening, pause?.isArmed == false { scheduleRetry() }
             return
         }
         connection.enqueue(request)
@@ -237,6 +245,9 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
             recovered()
             return complete(request, 0)
         }
+        if status.code == .readOnly, layout.snapshot == StoreProtocol.head, request.pointee.isWrite {
+            return retry(request, status, connection)
+        }
         // A read brings data with plain success alone.
         if status.mayPass || status.code == .success && !request.pointee.isWrite {
             return ask(again: request, status, connection)
@@ -246,6 +257,16 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
             if log.tell(.warning, "the store \(connection.name) answered \(status)", at: loop.now) { reopen() }
         }
         complete(request, errorNumber(status, request))
+    }
+
+    /// Time will help. A store takes no writes to a volume while it copies what a snapshot needs.
+    private func retry(
+        _ request: UnsafeMutablePointer<StoreRequest>, _ status: StoreStatus, _ connection: StoreConnection
+    ) {
+        request.pointee.sequence &+= 1
+        stranded.append(request)
+        report("the store \(connection.name) takes no writes now (\(status))")
+        if !isReopening, pause?.isArmed == false { scheduleRetry() }
     }
 
     /// Time or another store will help, or opening the volume again, which may name one.
@@ -264,10 +285,11 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
             choices[shard] &+= 1
         }
         stranded.append(request)
+        needsLayout = true
         report("the store \(connection.name) answered \(status)")
         guard !isReopening, pause?.isArmed == false else { return }
         // At once, but not as often as a store may ask for it.
-        if troubles == 0, loop.now &- lastReopen > settings.retryPause { reopen() } else { scheduleReopen() }
+        if troubles == 0, loop.now &- lastReopen > settings.retryPause { reopen() } else { scheduleRetry() }
     }
 
     private func errorNumber(_ status: StoreStatus, _ request: UnsafeMutablePointer<StoreRequest>) -> Int32 {
@@ -304,6 +326,10 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     // MARK: Trouble
 
     func connected(_ connection: StoreConnection) {
+        lostSince[connection.name] = nil
+        noteConnections(to: connection.name)
+        // What fails from here on fails for another reason.
+        if !connections.contains(where: { $0.failures > 0 && !$0.isIdle && $0 !== connection }) { trouble = nil }
         log.tell(.info, "connected to the store \(connection.name)", at: loop.now)
     }
 
@@ -312,7 +338,8 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
 
     func connectionFailed(_ connection: StoreConnection, _ reason: String) {
         guard !closed else { return }
-        let text = "store \(connection.name): \(reason)"
+        noteConnections(to: connection.name)
+        var text = "store \(connection.name): \(reason)"
         if connection.wasTurnedAway {
             // The store is well, and is not left. Mostly nothing was begun there; but it may as well have ended later, of
             // something else.
@@ -321,12 +348,12 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
                 log.tell(.info, text, at: loop.now)
                 return sendStranded()
             }
-        } else {
-            // The next address of each shard that was served there, unless the conductor has something newer.
-            for shard in routes.indices where serves(connection, shard) {
-                routes[shard] = -1
-                if connection.failures > 1 { choices[shard] &+= 1 }
+            needsLayout = true
+            if connection.hasNoRoom, let giver = StoreGuests.shared.makeRoom(at: connection.name, for: self) {
+                text += "; \(giver) gives one of its own back"
             }
+        } else {
+            lose(connection)
             if connection.lostRequests { failOthers(connection) }
         }
         guard !stranded.isEmpty else {
@@ -334,8 +361,49 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
             return
         }
         report(text)
-        scheduleReopen()
+        scheduleRetry()
     }
+
+    /// A store could not be reached, or does not serve the volume.
+    private func lose(_ connection: StoreConnection) {
+        let since = lostSince[connection.name] ?? loop.now
+        lostSince[connection.name] = since
+        var canBeReplaced = false
+        // The next address of each shard that was served there, unless the conductor has something newer.
+        for shard in routes.indices where serves(connection, shard) {
+            routes[shard] = -1
+            if connection.losses > 1 { choices[shard] &+= 1 }
+            if layout.shards[shard].addresses.count > 1 { canBeReplaced = true }
+        }
+        // It runs again, and has to be told of the volume first.
+        if connection.wasRefused, !needsLayout { troubles = 0 }
+        if connection.wasRefused || canBeReplaced || loop.now &- since >= settings.grace { needsLayout = true }
+    }
+
+    /// The stores that nothing can replace, and since when they are lost.
+    private var irreplaceable: [String: UInt64?] {
+        var stores: [String: UInt64?] = [:]
+        for shard in layout.shards where shard.addresses.count == 1 {
+            stores.updateValue(lostSince[shard.addresses[0]], forKey: shard.addresses[0])
+        }
+        return stores
+    }
+
+    private func noteConnections(to name: String) {
+        let ready = connections.count { $0.name == name && $0.state == .ready }
+        StoreGuests.shared.note(self, at: name, connections: ready)
+    }
+
+    /// One of several connections to a store is needed more elsewhere.
+    func giveBack(at name: String, for needy: String) {
+        let ready = connections.filter { $0.name == name && $0.state == .ready && !$0.isRetiring }
+        guard !closed, ready.count > 1, let last = ready.last else { return }
+        log.logger.notice("a connection to the store \(name) is given back: it has no room for one of \(needy)")
+        last.retire()
+    }
+
+    /// It has ended by itself.
+    func retired(_ connection: StoreConnection) { noteConnections(to: connection.name) }
 
     private func serves(_ connection: StoreConnection, _ shard: Int) -> Bool {
         routes[shard] >= 0 && connections[routes[shard]].name == connection.name
@@ -370,17 +438,17 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
         isAnnounced = false
     }
 
-    private func scheduleReopen() {
+    private func scheduleRetry() {
         guard pause?.isArmed == false else { return }
-        let longest = settings.retryPause << UInt64(min(troubles, 3))
+        let longest = settings.retryPause << UInt64(min(troubles, needsLayout ? 3 : 2))
         troubles += 1
         // Many hosts lose the same store at the same time.
         pause?.arm(after: longest / 2 + UInt64.random(in: 0...longest / 2))
     }
 
     private func pauseEnded() {
-        // The conductor takes its time: the stores may do without it.
-        if isReopening { sendStranded() } else { reopen() }
+        // The conductor takes its time, or is not needed: the stores may do without it.
+        if isReopening || !needsLayout { sendStranded() } else { reopen() }
     }
 
     /// Asks the conductor once for all who wait.
@@ -389,7 +457,7 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
         isReopening = true
         lastReopen = loop.now
         pause?.arm(after: Self.patience)
-        opened.reopen { [weak self] result in
+        opened.reopen(sparing: irreplaceable) { [weak self] result in
             guard let self else { return }
             // When the loop has ended, nobody waits any more.
             loop.post { self.reopened(result) }
@@ -406,14 +474,15 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
                 new.size >= geometry.size
             else {
                 report("the conductor now has another volume under this name; unmap it")
-                return scheduleReopen()
+                return scheduleRetry()
             }
+            needsLayout = false
             view &+= 1
             adopt(new)
         case .failure(let error):
             // The stores may do without it.
             report(error.message)
-            guard layout.shards.contains(where: { !$0.addresses.isEmpty }) else { return scheduleReopen() }
+            guard layout.shards.contains(where: { !$0.addresses.isEmpty }) else { return scheduleRetry() }
         }
         sendStranded()
     }

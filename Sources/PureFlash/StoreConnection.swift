@@ -19,6 +19,8 @@ final class StoreConnection: EventSource {
     private static let vectorCapacity = 512
     /// Nanoseconds before a store that had no room is asked again while there are other connections to it.
     private static let rest: UInt64 = 5_000_000_000
+    /// Nanoseconds for which the others are used where one was given back.
+    private static let longRest: UInt64 = 60_000_000_000
 
     /// As the conductor names it.
     let name: String
@@ -62,6 +64,8 @@ final class StoreConnection: EventSource {
     var isIdle: Bool { inFlight == 0 && waiting.isEmpty }
     /// How often it failed since its last answer.
     private(set) var failures = 0
+    /// How often that was by itself and for another reason than a want of room, in a row.
+    private(set) var losses = 0
     /// Why it failed last, until it is there again.
     private(set) var lastFailure: String?
     /// When it failed last, the store had requests of it.
@@ -70,10 +74,17 @@ final class StoreConnection: EventSource {
     private(set) var lostWrites = false
     /// Since the handshake.
     private var hasAnswered = false
+    /// It failed last because the store does not serve the volume.
+    private(set) var wasRefused = false
     /// It failed last because the store had no room for another connection: that closes it right after a good handshake.
     private(set) var wasTurnedAway = false
+    /// The store did so twice in a row: it has no room indeed.
+    private(set) var hasNoRoom = false
     /// The loop's time before which the other connections to the store are used, if there are any.
     private(set) var restsUntil: UInt64 = 0
+
+    /// Takes no more requests, and ends when those it has are answered.
+    private(set) var isRetiring = false
 
     init(
         name: String, address: StoreAddress, volumeID: UInt64, settings: PureFlashSettings, loop: EventLoop,
@@ -147,6 +158,19 @@ final class StoreConnection: EventSource {
         (0..<depth).lazy.compactMap { [slots] in slots[$0] }.min { $0.pointee.sent < $1.pointee.sent }
     }
 
+    /// Ends it without a loss; the others to its store do without it for a while.
+    func retire() {
+        isRetiring = true
+        restsUntil = loop.now &+ Self.longRest
+        endIfRetired()
+    }
+
+    private func endIfRetired() {
+        guard isRetiring, isIdle, state == .ready else { return }
+        _ = withdraw()
+        owner.retired(self)
+    }
+
     /// Moves what waits elsewhere.
     func takeWaiting() -> StoreQueue {
         defer { waiting = StoreQueue() }
@@ -167,6 +191,7 @@ final class StoreConnection: EventSource {
             Glibc.close(descriptor)
         }
         hasAbandoned = false
+        isRetiring = false
         descriptor = -1
         if let input { buffers.free(input) }
         input = nil
@@ -255,7 +280,8 @@ final class StoreConnection: EventSource {
         start += StoreHandshake.size
         guard answer.volumeID == volumeID else { return fail("a handshake for another volume") }
         guard answer.result == 0 else {
-            return fail("the store refused the volume (\(answer.result)): it does not serve it, or not yet")
+            return fail(
+                "the store refused the volume (\(answer.result)): it does not serve it, or not yet", refused: true)
         }
         guard answer.depth > 0, Int(answer.depth) <= StoreProtocol.maximumDepth else {
             return fail("a handshake with a depth of \(answer.depth)")
@@ -424,11 +450,12 @@ final class StoreConnection: EventSource {
     }
 
     private func finish(_ request: UnsafeMutablePointer<StoreRequest>, _ reply: StoreReply) {
-        failures = 0
-        restsUntil = 0
+        if failures > 0 { (failures, losses) = (0, 0) }
+        if !isRetiring { restsUntil = 0 }
         hasAnswered = true
         release(reply.id)
         owner.answered(request, reply, by: self)
+        if isRetiring { endIfRetired() }
     }
 
     @inline(__always)
@@ -444,17 +471,26 @@ final class StoreConnection: EventSource {
     private func ended(_ reason: String) {
         guard state == .ready, !hasAnswered, start == end, reading == nil else { return fail(reason) }
         restsUntil = loop.now &+ Self.rest
-        fail("the store has no room for another connection", turnedAway: true)
+        // A store that is killed does the same, once.
+        hasNoRoom = wasTurnedAway
+        fail(
+            hasNoRoom
+                ? "the store has no room for another connection"
+                : "the store closed the connection before its first answer", turnedAway: true)
     }
 
     /// Closes it first; then everything that was under way on it goes back to the volume.
     /// - Parameter isItsOwn: nothing is wrong with another connection that is closed because of this one.
-    func fail(_ reason: String, turnedAway: Bool = false, isItsOwn: Bool = true) {
+    func fail(_ reason: String, turnedAway: Bool = false, refused: Bool = false, isItsOwn: Bool = true) {
         lostRequests = inFlight > 0 || hasAbandoned
         lostWrites = hasAbandoned || sentOfFirst > 0 || hasInFlight { $0.isWrite && $0.isSent }
         lastFailure = reason
         wasTurnedAway = turnedAway
-        if isItsOwn { failures += 1 }
+        wasRefused = refused
+        if isItsOwn {
+            failures += 1
+            losses = turnedAway ? 0 : losses + 1
+        }
         var orphans = withdraw()
         while let request = orphans.removeFirst() { owner.orphaned(request) }
         owner.connectionFailed(self, reason)

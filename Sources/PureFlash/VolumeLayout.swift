@@ -21,9 +21,17 @@ package struct VolumeLayout: Equatable, Sendable {
     package let snapshot: UInt32
     /// By index: shard `n` has the bytes from `n` times `StoreProtocol.shardSize` on.
     package let shards: [Shard]
+    /// The largest size in bytes that the conductor can give the volume. PureFlash's own adds no shards: asked for more
+    /// than those hold, it writes down a size that is not there.
+    package let sizeLimit: UInt64
 
-    /// - Parameter size: bytes, as the conductor has it.
-    package init(id: UInt64, size: UInt64, metaVersion: UInt16, snapshot: UInt32, shards: [Shard]) {
+    /// - Parameters:
+    ///   - size: bytes, as the conductor has it.
+    ///   - sizeLimit: nil for what the shards hold.
+    package init(
+        id: UInt64, size: UInt64, metaVersion: UInt16, snapshot: UInt32, shards: [Shard], sizeLimit: UInt64? = nil
+    ) {
+        self.sizeLimit = sizeLimit ?? UInt64(shards.count) * StoreProtocol.shardSize
         self.id = id
         recordedSize = size
         self.size = min(size, UInt64(shards.count) * StoreProtocol.shardSize)
@@ -100,8 +108,13 @@ package struct ConductorStatus: Decodable {
     /// Of "invalid argument". A conductor answers open_volume with it also while a store is not ready.
     private static func meaning(_ operation: String, _ reason: String) -> Int32 {
         switch operation {
-        case "create_volume" where reason.contains("already exist"): EEXIST
+        case "create_volume" where reason.contains("already exist"),
+            "create_snapshot" where reason.contains("already exist"):
+            EEXIST
+        // Of the tenant; that a store is full is not looked at there.
         case "create_volume" where reason.contains("capacity"): ENOSPC
+        case "create_volume" where reason.contains("only 0 stores"): EHOSTDOWN
+        case "delete_snapshot" where reason.contains("ongoing"): EBUSY
         case "create_volume" where !["no tenant", "not exist"].contains(where: reason.contains): EINVAL
         case "open_volume"
         where !["not exist", "no volume", "no tenant", "no snapshot"].contains(where: reason.contains):
@@ -132,6 +145,8 @@ struct OpenVolumeAnswer: Decodable {
     let shards: [Shard]
     /// log2 of a shard's bytes.
     let shardOrder: Int?
+    /// Not 0: it adds shards to a volume that grows. Only a conductor of ours says so.
+    let addsShards: Int?
 
     enum CodingKeys: String, CodingKey {
         case size = "volume_size"
@@ -141,6 +156,7 @@ struct OpenVolumeAnswer: Decodable {
         case snapshot = "snap_seq"
         case shards
         case shardOrder = "shard_lba_cnt_order"
+        case addsShards = "adds_shards"
     }
 
     /// - Throws: EPROTO with what is wrong: data is never written by a layout that is not understood.
@@ -175,7 +191,9 @@ struct OpenVolumeAnswer: Decodable {
             known.append(VolumeLayout.Shard(addresses: addresses))
         }
         return VolumeLayout(
-            id: id, size: size, metaVersion: UInt16(truncatingIfNeeded: metaVersion), snapshot: snapshot, shards: known)
+            id: id, size: size, metaVersion: UInt16(truncatingIfNeeded: metaVersion), snapshot: snapshot, shards: known,
+            sizeLimit: addsShards ?? 0 != 0
+                ? StoreProtocol.maximumVolume : UInt64(clamping: shardCount) * StoreProtocol.shardSize)
     }
 
     private static func wrong(_ what: String) -> BackendError {
@@ -197,6 +215,28 @@ struct ListVolumeAnswer: Decodable {
         let size: UInt64
     }
     let volumes: [Volume]
+}
+
+/// `list_store_reply`.
+struct ListStoreAnswer: Decodable {
+    struct Store: Decodable {
+        /// Where it is told things.
+        let address: String
+        let status: String
+
+        /// The conductor tells it things: it knows nothing else of it.
+        var isBelievedAlive: Bool { status == "OK" }
+
+        enum CodingKeys: String, CodingKey {
+            case address = "mngt_ip"
+            case status
+        }
+    }
+    let stores: [Store]
+
+    enum CodingKeys: String, CodingKey {
+        case stores = "store_nodes"
+    }
 }
 
 /// `list_tenant_reply`.

@@ -75,6 +75,36 @@ extension Volume {
         if let error = failure ?? notStarted ?? nil { throw error }
     }
 
+    /// Holds all I/O back while something is done elsewhere that is to see one moment of the volume: what was answered
+    /// before and nothing of what comes after. Clients see a pause, which has a limit; whatever happens, I/O goes on.
+    /// - Parameter work: its value is dropped, and ETIMEDOUT thrown, when it lasts for longer than I/O may be held back.
+    func whileHeldBack<Value: Sendable>(
+        _ work: @escaping @Sendable () throws(BackendError) -> Value
+    ) async throws(BackendError) -> Value {
+        let patience = Patience()
+        exchanging.withLock { $0 = patience }
+        defer { exchanging.withLock { $0 = nil } }
+        guard let (state, since) = await loop.call({ [self] in (gate.state, gate.since) }) else { throw isStopping }
+        if state != .suspended { try await suspend(timeout: Self.exchangeTimeout) }
+        let end = monotonicNanoseconds() + Self.changeTimeout * 1_000_000_000
+        let late = BackendError(
+            code: ETIMEDOUT,
+            message:
+                "\(name): not done within the \(Self.changeTimeout) s for which its I/O is held back; it may still be"
+                + " done, and is not of one moment then: look for it, and delete it")
+        let result: Result<Value, BackendError>
+        do throws(BackendError) {
+            result = .success(
+                try await Aside.run(
+                    watch: { patience.reason ?? (monotonicNanoseconds() >= end ? late : nil) }, work))
+        } catch { result = .failure(error) }
+        if state != .suspended {
+            try await resume(state)
+            _ = await loop.call { [self] in gate.since = since }
+        }
+        return try result.get()
+    }
+
     /// In place of a store that was closed, which answers with errors if this fails.
     private func startStore(_ opened: any OpenVolume) -> BackendError? {
         // The backend's end of turn comes first, as at the beginning.

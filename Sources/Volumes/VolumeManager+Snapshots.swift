@@ -18,12 +18,14 @@ extension VolumeManager {
         let snapshots = try Self.snapshots(of: pool)
         let name = "\(pool.name)/\(volume)"
         let made = try await names.run(name) { [self] () throws(BackendError) in
-            guard snapshots.openVolumesMakeSnapshots, let mapping = mapping(name), mapping.pool === pool,
-                !mapping.options.readOnly
-            else {
-                return try await Aside.run { () throws(BackendError) in
+            let mapping = mapping(name).flatMap { $0.options.readOnly ? nil : $0 }
+            try await Aside.run { () throws(BackendError) in try snapshots.expectSnapshot(volume: volume) }
+            guard snapshots.openVolumesMakeSnapshots, let mapping, mapping.pool === pool else {
+                let make = { @Sendable () throws(BackendError) in
                     try snapshots.createSnapshot(volume: volume, snapshot: snapshot)
                 }
+                guard !snapshots.openVolumesMakeSnapshots, let mapping else { return try await Aside.run(make) }
+                return try await mapping.volume.whileHeldBack(make)
             }
             try await mapping.volume.exchangeStore(.snapshot(snapshot), on: blocking)
             let all = try await Aside.run { () throws(BackendError) in
@@ -49,7 +51,10 @@ extension VolumeManager {
     ) async throws(BackendError) {
         let snapshots = try Self.snapshots(of: pool)
         let name = "\(pool.name)/\(volume)"
-        try await names.run(name) { () throws(BackendError) in
+        try await names.run(name) { [self] () throws(BackendError) in
+            guard snapshots.openVolumesMakeSnapshots || mapping("\(name)@\(snapshot)") == nil else {
+                throw BackendError(code: EBUSY, message: "\(name)@\(snapshot) is mapped; unmap it first")
+            }
             try await Aside.run { () throws(BackendError) in
                 try snapshots.deleteSnapshot(volume: volume, snapshot: snapshot)
             }

@@ -197,7 +197,7 @@ package final class VolumeManager: Sendable {
     // MARK: Volumes of a pool
 
     package func create(
-        _ pool: any VolumePool, volume: String, size: UInt64, blockSize: UInt32
+        _ pool: any VolumePool, volume: String, size: UInt64, blockSize: UInt32, replicas: Int? = nil
     ) async throws(BackendError) -> VolumeRecord {
         guard blockSize == 512 || blockSize == 4096 else {
             throw BackendError(code: EINVAL, message: "block size \(blockSize): it can be 512 or 4096 bytes")
@@ -206,12 +206,15 @@ package final class VolumeManager: Sendable {
             throw BackendError(
                 code: EINVAL, message: "size \(size): it must be a multiple of the block size, \(blockSize) bytes")
         }
+        guard (1...3).contains(replicas ?? 1) else {
+            throw BackendError(code: EINVAL, message: "replicas \(replicas ?? 1): a volume has 1 to 3")
+        }
         let name = "\(pool.name)/\(volume)"
         let record = try await names.run(name) { [self] () throws(BackendError) in
             // It must not come to a device that was another volume's.
             try refuseLeftover(name)
             return try await Aside.run { () throws(BackendError) in
-                try pool.create(volume: volume, size: size, blockSize: blockSize)
+                try pool.create(volume: volume, size: size, blockSize: blockSize, replicas: replicas)
             }
         }
         logger.info("created, \(size) bytes", metadata: ["volume": "\(name)"])

@@ -16,6 +16,8 @@ struct Create: VerbCommand {
     var size: String
     @Option(help: ArgumentHelp("The smallest I/O in bytes, 512 or 4096 (512).", valueName: "bytes"))
     var blockSize: String?
+    @Option(help: ArgumentHelp("Copies that a cluster keeps of its data, 1 to 3 (1).", valueName: "number"))
+    var replicas: Int?
     @OptionGroup var config: ConfigOption
     @OptionGroup var common: CommonOptions
 
@@ -32,9 +34,12 @@ struct Create: VerbCommand {
             throw Failure(
                 .create, .invalid("the size, \(bytes) bytes, is not a multiple of the block size, \(block) bytes"))
         }
+        if let replicas, !(1...3).contains(replicas) {
+            throw Failure(.create, .invalid("a volume has 1 to 3 replicas, not \(replicas)"))
+        }
         let config = try config.path(for: .create)
         let created = try await common.ask(
-            CreateRequest(volume: volume, config: config, size: bytes, blockSize: block))
+            CreateRequest(volume: volume, config: config, size: bytes, blockSize: block, replicas: replicas))
         if common.verbose { Output.complain("created \(created.volume) id=\(created.volumeID) size=\(created.size)") }
         try Output.answer(.create, created, asJSON: common.json) { _ in "" }
     }

@@ -166,7 +166,7 @@ extension DaemonService {
             name.pool, try ConfigPath.validate(request.config), transport: name.transport, for: caller)
         do throws(BackendError) {
             let record = try await manager.create(
-                pool, volume: name.volume, size: request.size, blockSize: request.blockSize)
+                pool, volume: name.volume, size: request.size, blockSize: request.blockSize, replicas: request.replicas)
             return PoolVolume(record, inPool: name.pool)
         } catch {
             throw failed("create", name, error)

@@ -169,7 +169,7 @@ extension VolumeTiming {
     }
 }
 
-extension ConductorClient.Endpoint {
+extension HTTPEndpoint {
     /// - Parameter address: as the configuration has checked it: a port stands behind the last colon.
     fileprivate init(_ address: String) {
         let colon = address.lastIndex(of: ":") ?? address.endIndex
@@ -185,7 +185,9 @@ extension PureFlashSettings {
             noDelay: client.tcpNoDelay, port: UInt16(client.storePort), depth: client.ioDepth,
             ioTimeout: UInt64(client.ioTimeout.nanoseconds),
             connectTimeout: UInt64(client.connTimeout.nanoseconds),
-            connectionsPerStore: client.connectionsPerStore)
+            connectionsPerStore: client.connectionsPerStore,
+            httpPort: client.storeHTTPPort.map(UInt16.init),
+            grace: UInt64(client.storeGrace.nanoseconds))
     }
 }
 

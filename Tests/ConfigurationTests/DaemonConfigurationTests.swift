@@ -12,6 +12,8 @@ struct DaemonConfigurationTests {
         #expect(configuration.client.tcpNoDelay)
         #expect(configuration.client.ioDepth == 64)
         #expect(configuration.client.connectionsPerStore == 1)
+        #expect(configuration.client.storePort == 49162 && configuration.client.storeHTTPPort == 49181)
+        #expect(configuration.client.storeGrace == .seconds(6))
         #expect(configuration.client.ioTimeout == .seconds(30))
         #expect(configuration.client.connTimeout == .seconds(8))
         #expect(configuration.client.openVolumeTimeout == .seconds(180))
@@ -95,6 +97,16 @@ struct DaemonConfigurationTests {
         #expect(configuration.client.connTimeout == .seconds(86_400))
         #expect(configuration.client.openVolumeTimeout == .seconds(2))
         #expect(configuration.client.connType == .rdma)
+    }
+
+    @Test("Where the data port is not the usual one, that of a store's HTTP is not known")
+    func storePorts() throws {
+        let data = try configuration("[client]\nstore_port = 5000")
+        #expect(data.client.storePort == 5000 && data.client.storeHTTPPort == nil)
+        let both = try configuration("[client]\nstore_http_port = 5001\nstore_port = 5000\nstore_grace = 9")
+        #expect(both.client.storePort == 5000 && both.client.storeHTTPPort == 5001)
+        #expect(both.client.storeGrace == .seconds(9))
+        #expect(try configuration("[client]\nstore_port = 49162").client.storeHTTPPort == 49181)
     }
 
     @Test("A switch is written 1, true, yes or on, and 0, false, no or off")

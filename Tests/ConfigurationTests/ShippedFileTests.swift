@@ -52,7 +52,8 @@ struct ShippedFileTests {
         "Every key is in it",
         arguments: [
             "type", "path", "listen", "max_connections", "ip", "cluster_name", "name", "endpoints", "conn_type",
-            "tcp_no_delay", "store_port", "connections_per_store", "io_depth", "io_timeout", "conn_timeout",
+            "tcp_no_delay", "store_port", "store_http_port", "store_grace", "connections_per_store", "io_depth",
+            "io_timeout", "conn_timeout",
             "open_volume_timeout",
         ])
     func everyKey(key: String) throws {

@@ -20,7 +20,10 @@ def started(stores, **client):
     """A daemon that knows the conductor, the first of the stores, and nothing else."""
     first = stores[0]
     daemon = Daemon()
-    keys = {"store_port": first.data_port, "io_timeout": 30, "conn_timeout": 3, "open_volume_timeout": 3, **client}
+    keys = {
+        "store_port": first.data_port, "store_http_port": first.store_port, "io_timeout": 30, "conn_timeout": 3,
+        "open_volume_timeout": 3, **client,
+    }  # fmt: skip
     daemon.config.write_text(
         f"[conductor]\nendpoints={first.address}:{first.conductor_port}\n[client]\n"
         + "".join(f"{key}={value}\n" for key, value in keys.items())
@@ -291,8 +294,7 @@ def test_snapshots_of_a_cluster():
         snapshot.shutdown()
 
         # What a conductor cannot do.
-        for words in (["list", "disk/v"], ["delete", "disk/v@first"]):
-            daemon.qbd("snapshot", *words).failed(95, "a PureFlash conductor has no operation to", "disk/v")
+        daemon.qbd("snapshot", "list", "disk/v").failed(95, "a PureFlash conductor has no operation to", "disk/v")
         daemon.qbd("clone", "disk/v@first", "disk/w").failed(95, "a PureFlash conductor has no operation to", "disk/w")
 
         # A new daemon has the snapshot mapped as well.
@@ -304,6 +306,17 @@ def test_snapshots_of_a_cluster():
         for name in ("disk/v@first", "disk/v@empty", "disk/v"):
             daemon.qbd("unmap", name).succeeded()
         daemon.qbd("snapshot", "rollback", "disk/v@first").failed(95, "a PureFlash conductor has no operation to")
+        # Without the one before it, the other is as it was.
+        daemon.qbd("snapshot", "delete", "disk/v@empty").succeeded()
+        daemon.qbd("snapshot", "delete", "disk/v@empty").failed(2, "empty")
+        mapped = daemon.qbd("map", "--export", "disk/v@first").succeeded().out.strip()
+        daemon.qbd("snapshot", "delete", "disk/v@first").failed(16, "disk/v@first", "unmap it")
+        snapshot = connected(mapped)
+        assert snapshot.pread(MiB, 63 * MiB + 512 * KiB) == b"a" * MiB
+        snapshot.shutdown()
+        daemon.qbd("unmap", "disk/v@first").succeeded()
+        daemon.qbd("snapshot", "delete", "disk/v@first").succeeded()
+        daemon.qbd("map", "--export", "disk/v@first").failed(2, "first")
         daemon.qbd("delete", "disk/v").succeeded()
 
 

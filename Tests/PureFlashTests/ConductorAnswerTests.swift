@@ -59,6 +59,9 @@ import Testing
         #expect(layout.size == 64 << 30)
         #expect(layout.recordedSize == 100 << 30)
         #expect(layout.shards.count == 1)
+        #expect(layout.sizeLimit == 64 << 30, "nothing was said of more shards")
+        let adding = try Self.changed("\"shard_count\":1", "\"shard_count\":1,\"adds_shards\":1")
+        #expect(try VolumeLayout(decoding: adding).sizeLimit > 64 << 30)
     }
 
     @Test("the shards that a volume had before it was made smaller are left alone")
@@ -75,12 +78,31 @@ import Testing
         arguments: [
             ("volume already exists: v", EEXIST), ("no enough volume capacity", ENOSPC),
             ("Tenant not exists: t", ENOENT),
-            ("rep_cnt", EINVAL),
+            ("rep_cnt", EINVAL), ("only 2 stores available but replica is 3", EINVAL),
+            ("only 0 stores available but replica is 1", EHOSTDOWN),
         ])
     func creatingWhatCannotBe(reason: String, expected: Int32) {
         let answer = Array("{\"ret_code\":2,\"reason\":\"\(reason)\"}".utf8)
         #expect {
             try ConductorStatus.decode(ConductorStatus.self, "create_volume", answer)
+        } throws: {
+            ($0 as? BackendError)?.code == expected
+        }
+    }
+
+    /// As a real conductor answered.
+    @Test(
+        "what a conductor means by an invalid argument for a snapshot",
+        arguments: [
+            ("create_snapshot", "Snapshot s1 already exists", EEXIST),
+            ("create_snapshot", "Volume t/v not found", ENOENT),
+            ("delete_snapshot", "Volume tenant_default/x1 has no snapshot:s1", ENOENT),
+            ("delete_snapshot", "Volume t/v has ongoing task", EBUSY),
+        ])
+    func snapshotsThatCannotBe(operation: String, reason: String, expected: Int32) {
+        let answer = Array("{\"reason\":\"\(reason)\",\"op\":\"\(operation)_reply\",\"ret_code\":2}".utf8)
+        #expect {
+            try ConductorStatus.decode(ConductorStatus.self, operation, answer)
         } throws: {
             ($0 as? BackendError)?.code == expected
         }

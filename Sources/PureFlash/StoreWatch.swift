@@ -1,0 +1,106 @@
+import Backend
+import EventLoop
+import Glibc
+import NIOCore
+import Synchronization
+
+/// Knows which stores of a cluster can be told to prepare a volume. From any thread.
+///
+/// A conductor that is asked to open a volume, or to make a snapshot, tells the stores that it believes alive; where one
+/// does not take it, its replicas are written off, and stay so when the store is back. It goes on believing in a store that
+/// has died until a ZooKeeper session has ended (seen: 4 to 6 s). So it is asked only when the stores answer where it
+/// would tell them, or when they have been silent for longer than that.
+final class StoreWatch: Sendable {
+    /// Nanoseconds that a store has for an answer that costs it nothing.
+    private static let patience: UInt64 = 1_000_000_000
+
+    private struct Store {
+        /// Monotonic nanoseconds since which it has not answered; nil while it does.
+        var silentSince: UInt64?
+        var looking: EventLoopFuture<Bool>?
+    }
+
+    /// Of a store's HTTP; nil when it is not known, and nothing can be said then.
+    private let port: UInt16?
+    /// Nanoseconds that a conductor may believe in a store that has died.
+    private let grace: UInt64
+    private let stores = Mutex<[String: Store]>([:])
+
+    init(port: UInt16?, grace: UInt64) {
+        self.port = port
+        self.grace = grace
+    }
+
+    /// Whether it can be found out what stores do.
+    var canLook: Bool { port != nil }
+
+    /// Looks at all of them at the same time.
+    /// - Parameters:
+    ///   - addresses: IP addresses of stores.
+    ///   - lost: monotonic nanoseconds since which one is known not to answer, as far as that is known.
+    /// - Returns: those that do not answer, and may not have been missed by the conductor yet.
+    func doubtful(
+        _ addresses: Set<String>, since lost: [String: UInt64] = [:], on loop: any NIOCore.EventLoop
+    ) -> EventLoopFuture<[String]> {
+        look(at: addresses, on: loop).map { [self] answers in
+            addresses.sorted().filter { isDoubtful($0, answers: answers.contains($0), since: lost[$0]) }
+        }
+    }
+
+    /// Those that do not answer, however long.
+    func silent(_ addresses: Set<String>, on loop: any NIOCore.EventLoop) -> EventLoopFuture<[String]> {
+        look(at: addresses, on: loop).map { addresses.subtracting($0).sorted() }
+    }
+
+    /// - Returns: those that answer.
+    private func look(at addresses: Set<String>, on loop: any NIOCore.EventLoop) -> EventLoopFuture<Set<String>> {
+        let looks = addresses.map { address in look(at: address, on: loop).map { $0 ? address : nil } }
+        return EventLoopFuture.whenAllSucceed(looks, on: loop).map { Set($0.compactMap(\.self)) }
+    }
+
+    private func isDoubtful(_ address: String, answers: Bool, since lost: UInt64?) -> Bool {
+        stores.withLock { stores in
+            guard !answers else {
+                stores[address]?.silentSince = nil
+                return false
+            }
+            let now = monotonicNanoseconds()
+            let since = min(stores[address]?.silentSince ?? now, lost ?? now)
+            stores[address, default: Store()].silentSince = since
+            return now &- since < grace
+        }
+    }
+
+    /// Whether it answers, whatever it says. Those who ask at the same time share an answer.
+    private func look(at address: String, on loop: any NIOCore.EventLoop) -> EventLoopFuture<Bool> {
+        guard let port else { return loop.makeSucceededFuture(true) }
+        let promise = loop.makePromise(of: HTTPExchange.Answer.self)
+        let found = promise.futureResult.map { _ in true }.recover { _ in false }
+        let other = stores.withLock { stores -> EventLoopFuture<Bool>? in
+            if let looking = stores[address]?.looking { return looking }
+            stores[address, default: Store()].looking = found
+            return nil
+        }
+        if let other {
+            promise.fail(ChannelError.alreadyClosed)
+            return other
+        }
+        let patience = TimeAmount.nanoseconds(Int64(Self.patience))
+        let deadline = loop.scheduleTask(in: patience) { promise.fail(ChannelError.connectTimeout(patience)) }
+        HTTPExchange.get(
+            "/", from: HTTPEndpoint(host: address, port: Int(port)), peer: "the store \(address)", timeout: patience,
+            promise: promise, on: loop
+        ) { $0 }
+        return found.map { [self] answers in
+            deadline.cancel()
+            stores.withLock { $0[address]?.looking = nil }
+            return answers
+        }
+    }
+
+    /// For an error's text.
+    static func doubt(_ stores: [String]) -> String {
+        let names = stores.prefix(4).joined(separator: ", ") + (stores.count > 4 ? ", ..." : "")
+        return stores.count == 1 ? "the store \(names) does not answer" : "the stores \(names) do not answer"
+    }
+}
