@@ -253,7 +253,7 @@ extension LayeredVolume {
     private func writeZeros(_ io: UnsafeMutablePointer<IO>) {
         guard let ring else { return finish(io, EIO) }
         let length = takenLength(io)
-        io.pointee.segment.count = length
+        io.pointee.segment = Segment(base: Zeros.bytes, count: length)
         let accepted = ring.write(
             head, from: Zeros.bytes, length: length, offset: io.pointee.offset,
             context: UnsafeMutableRawPointer(io))
@@ -262,22 +262,17 @@ extension LayeredVolume {
 
     /// A piece that was cleared or written is done.
     func zeroed(_ io: UnsafeMutablePointer<IO>, _ code: Int32) {
-        if code == EOPNOTSUPP, giveUpClearing(io) { return zero(io) }
+        if code == EOPNOTSUPP, io.pointee.segment.base != Zeros.bytes {
+            giveUpClearing(io)
+            return zero(io)
+        }
         guard code == 0 else { return finish(io, code) }
         advance(io, io.pointee.segment.count)
     }
 
-    /// The file system cannot do what was tried.
-    /// - Returns: whether there is something else to try.
-    private func giveUpClearing(_ io: UnsafeMutablePointer<IO>) -> Bool {
-        if io.pointee.operation == .trim || io.pointee.mayPunch, canPunch {
-            canPunch = false
-        } else if canZero {
-            canZero = false
-        } else {
-            return false
-        }
-        return true
+    /// The file system cannot do what was tried. Several may find that out at the same time.
+    private func giveUpClearing(_ io: UnsafeMutablePointer<IO>) {
+        if io.pointee.operation == .trim || io.pointee.mayPunch, canPunch { canPunch = false } else { canZero = false }
     }
 
     private func advance(_ io: UnsafeMutablePointer<IO>, _ length: Int) {
@@ -319,7 +314,10 @@ extension LayeredVolume {
     }
 
     private func cleared(_ takeover: UnsafeMutablePointer<Takeover>, _ code: Int32) {
-        if code == EOPNOTSUPP, giveUpClearing(takeover.pointee.io) { return clear(takeover) }
+        if code == EOPNOTSUPP {
+            giveUpClearing(takeover.pointee.io)
+            return clear(takeover)
+        }
         if code == 0 { mark(takeover) } else { endExclusive(takeover, code) }
     }
 

@@ -50,6 +50,29 @@ def mounted(path, *options):
         run(["umount", "-l", path]).succeeded()
 
 
+@pytest.mark.parametrize("snapshots", [0, 1])
+def test_zeros_where_the_file_system_makes_none(daemon, snapshots):
+    """Tmpfs has no FALLOC_FL_ZERO_RANGE: of several requests each finds that out, and none fails."""
+    daemon.pool_path.mkdir(exist_ok=True)
+    with mounted(daemon.pool_path, "-t", "tmpfs", "none"):
+        daemon.volume("disk/v", SIZE)
+        for _ in range(snapshots):
+            snapshot(daemon, "create", "disk/v@s")
+        write(daemon, "disk/v", b"x" * SIZE)
+        errors = []
+        with connected(daemon.uri("disk/v")) as handle:
+            for number in range(32):
+                handle.aio_zero(
+                    CLUSTER * 2, number * CLUSTER * 2, flags=nbd.CMD_FLAG_NO_HOLE,
+                    completion=lambda error: errors.append(error.value) or 1)  # fmt: skip
+            while handle.aio_in_flight():
+                handle.poll(1000)
+            assert errors == [0] * 32
+            assert handle.pread(SIZE, 0) == bytes(SIZE)
+        daemon.qbd("unmap", "disk/v").succeeded()
+        daemon.stop()
+
+
 # A snapshot that is mapped
 
 
