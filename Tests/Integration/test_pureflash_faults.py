@@ -1,6 +1,7 @@
 """Stores and conductors that fail under a load that verifies: no error, no wrong byte, one completion each, and I/O goes
 on within a second of the cluster being well."""
 
+import contextlib
 import pathlib
 import signal
 import threading
@@ -8,9 +9,23 @@ import time
 
 import nbd
 import pytest
+import test_pureflash
 from harness import MiB, SLOWNESS, wait_for
 from pureflash import SHARD
-from test_pureflash import cluster, connected, verify
+from test_pureflash import connected, verify
+from unkind import unkind
+
+
+@pytest.fixture(params=["kind", "as seen"], autouse=True)
+def manner(request, monkeypatch):
+    """Every test runs with a cluster that makes the best of a fault, and with one that does what PureFlash's was seen to."""
+    @contextlib.contextmanager
+    def as_seen(count=1, **client):
+        with unkind(count, **client) as (daemon, _, stores):
+            yield daemon, stores
+
+    monkeypatch.setitem(globals(), "cluster", test_pureflash.cluster if request.param == "kind" else as_seen)
+
 
 # What the client has after the cluster is well, and what a busy machine may add.
 RESUMES = 1.0
@@ -187,7 +202,7 @@ def test_a_store_that_stands_still_does_not_hold_up_the_end():
         store.process.send_signal(signal.SIGCONT)
         daemon.start()
         wait_for(lambda: len(daemon.json("list")) == 2, "both volumes are back", 20)
-        handle = connected(daemon.uri("ram/v"))
+        handle = wait_for(lambda: _connected(daemon.uri("ram/v")), "the volume is served", 20)
         assert handle.pread(MiB - 4096, 4096) == b"a" * (MiB - 4096)
         handle.pwrite(b"c" * 4096, 0)
         assert handle.pread(4096, 0) == b"c" * 4096
@@ -267,6 +282,13 @@ def test_a_cluster_that_stays_away_fails_io_and_recovers():
         assert time.monotonic() - well < RESUMES + BUSY
         handle.shutdown()
         wait_for(lambda: "I/O goes on" in daemon.log(), "the log says so")
+
+
+def _connected(uri):
+    try:
+        return connected(uri)
+    except nbd.Error:
+        return None
 
 
 def _read(handle):

@@ -1,7 +1,6 @@
 """Clusters that behave as PureFlash's was seen to: a conductor that believes in a store for seconds after its death, writes
 off for good what it could not reach, makes snapshots store by store, and ends when a store comes back."""
 
-import contextlib
 import signal
 import struct
 import threading
@@ -10,60 +9,10 @@ import time
 import nbd
 import pytest
 from harness import SLOWNESS, wait_for
-from pureflash import SHARD, Store, addresses
-from test_pureflash import connected, started
+from pureflash import SHARD
+from test_pureflash import connected
 from test_pureflash_faults import BUSY, Probe, RESUMES, mapped, stand_still
-
-# Milliseconds.
-BELIEF = 5000
-
-
-class Supervised:
-    """A conductor that is started again when it ends, as an administrator's supervisor does."""
-
-    def __init__(self, conductor):
-        self.conductor = conductor
-        self.starts = 0
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-
-    def _run(self):
-        while not self.over.wait(0.05):
-            if self.conductor.process.poll() is not None:
-                self.conductor.start()
-                self.starts += 1
-                self.conductor.faults(belief=BELIEF, exit_on_return=1, damaging_resize=1)
-
-    def end(self):
-        self.over.set()
-        self.thread.join()
-
-
-@contextlib.contextmanager
-def unkind(count=1, supervised=True, **client):
-    """A daemon, a conductor that has no data, and the stores."""
-    host, *hosts = addresses(count + 1)
-    conductor = Store(address=host, stores=hosts)
-    stores = [Store(address=each, ports=conductor.ports, conductor=False) for each in hosts]
-    daemon = supervisor = None
-    try:
-        for store in (*stores, conductor):
-            store.start()
-        conductor.faults(belief=BELIEF, exit_on_return=1 if supervised else 0, damaging_resize=1)
-        supervisor = Supervised(conductor) if supervised else None
-        daemon = started([conductor], **client)
-        yield daemon, conductor, stores
-    finally:
-        if supervisor:
-            supervisor.end()
-            # It may end by itself at any time.
-            conductor.expected_to_run = False
-        if daemon:
-            daemon.finish()
-        for store in (conductor, *stores):
-            store.finish()
-
+from unkind import BELIEF, unkind
 
 def is_written_off(conductor, volume="v"):
     return "written_off" in (conductor.pool_path / f"{volume}.pureflash").read_text()
