@@ -93,7 +93,7 @@ class Probe(threading.Thread):
         assert not self.failures, self.failures
 
 
-def mapped(daemon, volume="ram/v", size="1G"):
+def mapped(daemon, volume="disk/v", size="1G"):
     daemon.qbd("create", volume, "-k", size).succeeded()
     return daemon.qbd("map", "--export", volume).succeeded().out.strip()
 
@@ -117,7 +117,7 @@ MANY = 1_000_000
         ("drop", {"drop": 50}), ("drop all", {"drop": 1}), ("reopen", {"reopen": MANY}), ("twice", {"twice": MANY}),
         ("wrong id", {"wrong_id": MANY}), ("half", {"half": MANY}), ("delay", {"delay": 700}), ("stop", {"stop": 1}),
         ("refuse", {"refuse": 1, "drop": 1}), ("no stores", {"empty_stores": 1, "reopen": MANY}),
-        ("silent", {"silent_conductor": 1, "drop": 1}), ("stale", {"stale": "ram/v"}), ("some", {
+        ("silent", {"silent_conductor": 1, "drop": 1}), ("stale", {"stale": "disk/v"}), ("some", {
             "twice": 3, "wrong_id": 3, "half": 3, "reopen": 30}),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
@@ -137,7 +137,7 @@ def test_a_faulty_store_costs_time_and_nothing_else(name, switches):
             late.append(probe.resumed(time.monotonic(), name))
         reads, writes = load.end()
         probe.end()
-        counters = daemon.json("info", "ram/v")["counters"]
+        counters = daemon.json("info", "disk/v")["counters"]
         assert counters["errors"] == 0
         # Each once: libnbd ends a connection that answers twice.
         assert (counters["reads"], counters["writes"]) == (reads + probe.count, writes)
@@ -177,7 +177,7 @@ def test_a_store_that_stands_still_and_goes_on(seconds):
         probe.resumed(time.monotonic(), "the store's going on")
         load.end()
         probe.end()
-        assert daemon.json("info", "ram/v")["counters"]["errors"] == 0
+        assert daemon.json("info", "disk/v")["counters"]["errors"] == 0
 
 
 def test_a_store_that_stands_still_does_not_hold_up_the_end():
@@ -189,20 +189,20 @@ def test_a_store_that_stands_still_does_not_hold_up_the_end():
         handle.pwrite(b"a" * MiB, 0)
         stand_still(store)
         written = handle.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"b" * 4096)), 0)
-        wait_for(lambda: daemon.json("info", "ram/v")["counters"]["in_flight"] == 1, "the write is in flight")
+        wait_for(lambda: daemon.json("info", "disk/v")["counters"]["in_flight"] == 1, "the write is in flight")
         began = time.monotonic()
         daemon.process.send_signal(signal.SIGTERM)
         daemon.wait_exit(20)
         print(f"ended after {time.monotonic() - began:.1f} s")
         given_up = [line for line in daemon.log().splitlines() if "given up: its store" in line]
-        assert len(given_up) == 1 and "ram/v" in given_up[0], daemon.log()
+        assert len(given_up) == 1 and "disk/v" in given_up[0], daemon.log()
         with pytest.raises(nbd.Error):
             while not handle.aio_command_completed(written):
                 handle.poll(1000)
         store.process.send_signal(signal.SIGCONT)
         daemon.start()
         wait_for(lambda: len(daemon.json("list")) == 2, "both volumes are back", 20)
-        handle = wait_for(lambda: _connected(daemon.uri("ram/v")), "the volume is served", 20)
+        handle = wait_for(lambda: _connected(daemon.uri("disk/v")), "the volume is served", 20)
         assert handle.pread(MiB - 4096, 4096) == b"a" * (MiB - 4096)
         handle.pwrite(b"c" * 4096, 0)
         assert handle.pread(4096, 0) == b"c" * 4096
