@@ -4,6 +4,7 @@ for some seconds after its death, writes off for good what it could not reach, a
 import contextlib
 import threading
 
+from harness import wait_for
 from pureflash import Store, addresses
 from test_pureflash import started
 
@@ -67,6 +68,8 @@ class UnkindStore(Store):
         self.conductor = master
 
     def faults(self, **switches):
+        # It may just be starting again.
+        wait_for(self.conductor.accepts, "the conductor answers", 20)
         theirs = self.conductor.faults(**switches)
         if "clear" in switches:
             self.conductor.faults(**UNKIND)
