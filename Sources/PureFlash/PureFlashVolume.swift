@@ -245,7 +245,10 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
             recovered()
             return complete(request, 0)
         }
-        if status.code == .readOnly, layout.snapshot == StoreProtocol.head, request.pointee.isWrite {
+        // Of the volume itself it passes; where the store wants it opened again, that comes first.
+        if status.code == .readOnly, !status.asksToReopen, layout.snapshot == StoreProtocol.head,
+            request.pointee.isWrite
+        {
             return retry(request, status, connection)
         }
         // A read brings data with plain success alone.
@@ -293,14 +296,9 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     }
 
     private func errorNumber(_ status: StoreStatus, _ request: UnsafeMutablePointer<StoreRequest>) -> Int32 {
-        switch status.code {
-        case .success: return 0
-        case .noSpace: return ENOSPC
-        case .readOnly: return EROFS
-        default:
-            log.tellFailure(request, "a store answered \(status)", at: loop.now)
-            return EIO
-        }
+        guard status.code != .success else { return 0 }
+        log.tellFailure(request, "a store answered \(status)", at: loop.now)
+        return status.code == .noSpace ? ENOSPC : status.code == .readOnly ? EROFS : EIO
     }
 
     private func complete(_ request: UnsafeMutablePointer<StoreRequest>, _ code: Int32) {

@@ -278,3 +278,29 @@ def test_a_size_that_needs_another_shard_is_refused():
         daemon.qbd("resize", "disk/v", "-k", "64G").succeeded()
         handle.shutdown()
         assert conductor.open("disk", "v")["volume_size"] == 64 << 30
+
+
+@pytest.mark.deadline(180)
+def test_a_conductor_that_hangs():
+    """What it was asked to change ends after a minute, and nobody knows what became of it."""
+    with unkind(supervised=False) as (daemon, conductor, _):
+        daemon.qbd("create", "disk/v", "-k", "64M").succeeded()
+        stand_still(conductor)
+        try:
+            answers = {}
+            commands = {"create": ("create", "disk/w", "-k", "64M"), "delete": ("delete", "disk/v")}
+            threads = [
+                threading.Thread(target=lambda name=name: answers.update({name: daemon.qbd(*commands[name], timeout=90)}))
+                for name in commands
+            ]
+            began = time.monotonic()
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert 59 < time.monotonic() - began < 62 + 10 * (SLOWNESS - 1)
+        finally:
+            conductor.process.send_signal(signal.SIGCONT)
+        for answer in answers.values():
+            answer.failed(110, "may have done what it was asked, or still do it")
+        wait_for(lambda: [volume["volume"] for volume in daemon.json("volumes", "disk")] == ["disk/w"], "it did both", 20)
