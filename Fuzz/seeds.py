@@ -129,6 +129,8 @@ write("FuzzConductor", {
     "refusal": b'{"op":"open_volume_reply","reason":"no volume v","ret_code":2}',
     "large": b'{"volume_size":9223372036854775296,"volume_id":18446744073692774400,"shard_count":1,"meta_ver":70000,'
     b'"snap_seq":4294967295,"shards":[{"index":0,"store_ips":"::ffff:1.2.3.4"}],"ret_code":0}',
+    "stores": b'{"store_nodes":[{"id":1,"status":"OK","mngt_ip":"127.0.0.1"},{"id":2,"status":"OFFLINE",'
+    b'"mngt_ip":"127.0.0.2"}],"op":"list_store_reply","ret_code":0}',
     "escapes": b'{"ret_code":0,"reason":"\\u00e4\\ud83d\\ude00\\n","shards":[[{}]]}',
 })  # fmt: skip
 

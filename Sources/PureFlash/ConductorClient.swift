@@ -93,9 +93,7 @@ package final class ConductorClient: Sendable {
 
     /// The addresses of the stores that it believes alive.
     func aliveStores(within limit: UInt64?) -> EventLoopFuture<Set<String>> {
-        ask("list_store", [], within: limit, of: ListStoreAnswer.self).map { answer in
-            Set(answer.stores.lazy.filter(\.isBelievedAlive).map(\.address))
-        }
+        ask("list_store", [], within: limit, of: ListStoreAnswer.self).map(\.alive)
     }
 
     /// The names of the cluster's tenants. From any task.

@@ -132,16 +132,17 @@ package final class PureFlashPool: VolumePool {
     /// - Parameters:
     ///   - volume: `volume`, or `volume@snapshot`.
     ///   - limit: nanoseconds for all tries together.
-    ///   - stores: those that nothing is to happen to: the addresses that have the only replica of a shard, each with the
-    ///     monotonic nanoseconds since which it is lost, if it is. Nil for all that the conductor believes alive.
+    ///   - stores: the addresses of those that nothing is to happen to; nil for all that the conductor believes alive.
+    ///   - lost: monotonic nanoseconds since which one is known not to answer, as far as that is known.
     ///   - completion: called on a thread of the conductor's client.
     fileprivate func open(
-        volumeNamed volume: String, within limit: UInt64? = nil, sparing stores: [String: UInt64?]? = nil,
+        volumeNamed volume: String, within limit: UInt64? = nil, sparing stores: Set<String>? = nil,
+        since lost: [String: UInt64] = [:],
         completion: @escaping @Sendable (Result<VolumeLayout, BackendError>) -> Void
     ) {
         let parts = volume.split(separator: "@", maxSplits: 1)
         let snapshot = parts.count > 1 ? String(parts[1]) : ""
-        doubtful(stores, within: limit).whenComplete { [self] result in
+        doubtful(stores, since: lost, within: limit).whenComplete { [self] result in
             switch ConductorClient.outcome(result) {
             case .failure(let error): return completion(.failure(error))
             case .success(let doubtful) where !doubtful.isEmpty:
@@ -173,10 +174,12 @@ package final class PureFlashPool: VolumePool {
         }
     }
 
-    private func doubtful(_ stores: [String: UInt64?]?, within limit: UInt64?) -> EventLoopFuture<[String]> {
+    private func doubtful(
+        _ stores: Set<String>?, since lost: [String: UInt64], within limit: UInt64?
+    ) -> EventLoopFuture<[String]> {
         let loop = ConductorClient.loop
         guard watch.canLook else { return loop.makeSucceededFuture([]) }
-        if let stores { return watch.doubtful(Set(stores.keys), since: stores.compactMapValues(\.self), on: loop) }
+        if let stores { return watch.doubtful(stores, since: lost, on: loop) }
         return conductor.aliveStores(within: limit).flatMap { [watch] in watch.doubtful($0, on: loop) }
     }
 
@@ -280,13 +283,14 @@ final class PureFlashOpenVolume: OpenVolume {
     }
 
     /// Calls back on a thread of the conductor's client.
-    /// - Parameter stores: the addresses that have the only replica of a shard, each with the monotonic nanoseconds since
-    ///   which it is lost, if it is.
+    /// - Parameters:
+    ///   - stores: the addresses of those that nothing is to happen to.
+    ///   - lost: monotonic nanoseconds since which stores are lost, by address.
     func reopen(
-        sparing stores: [String: UInt64?],
+        sparing stores: Set<String>, since lost: [String: UInt64],
         _ completion: @escaping @Sendable (Result<VolumeLayout, BackendError>) -> Void
     ) {
-        pool.open(volumeNamed: record.volume, sparing: stores, completion: completion)
+        pool.open(volumeNamed: record.volume, sparing: stores, since: lost, completion: completion)
     }
 
     func close() {}

@@ -378,15 +378,6 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
         if connection.wasRefused || canBeReplaced || loop.now &- since >= settings.grace { needsLayout = true }
     }
 
-    /// The stores that nothing can replace, and since when they are lost.
-    private var irreplaceable: [String: UInt64?] {
-        var stores: [String: UInt64?] = [:]
-        for shard in layout.shards where shard.addresses.count == 1 {
-            stores.updateValue(lostSince[shard.addresses[0]], forKey: shard.addresses[0])
-        }
-        return stores
-    }
-
     private func noteConnections(to name: String) {
         let ready = connections.count { $0.name == name && $0.state == .ready }
         StoreGuests.shared.note(self, at: name, connections: ready)
@@ -455,7 +446,7 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
         isReopening = true
         lastReopen = loop.now
         pause?.arm(after: Self.patience)
-        opened.reopen(sparing: irreplaceable) { [weak self] result in
+        opened.reopen(sparing: layout.irreplaceable, since: lostSince) { [weak self] result in
             guard let self else { return }
             // When the loop has ended, nobody waits any more.
             loop.post { self.reopened(result) }

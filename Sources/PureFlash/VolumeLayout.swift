@@ -40,6 +40,11 @@ package struct VolumeLayout: Equatable, Sendable {
         self.shards = shards
     }
 
+    /// The addresses of the stores that nothing can replace: they have the only replica of a shard.
+    package var irreplaceable: Set<String> {
+        Set(shards.lazy.filter { $0.addresses.count == 1 }.map { $0.addresses[0] })
+    }
+
     /// - Parameter body: of the answer to open_volume.
     /// - Throws: the conductor's refusal; EPROTO for what is not understood.
     package init(decoding body: [UInt8]) throws(BackendError) {
@@ -218,24 +223,32 @@ struct ListVolumeAnswer: Decodable {
 }
 
 /// `list_store_reply`.
-struct ListStoreAnswer: Decodable {
-    struct Store: Decodable {
+package struct ListStoreAnswer: Decodable, Sendable {
+    private struct Store: Decodable {
         /// Where it is told things.
         let address: String
         let status: String
-
-        /// The conductor tells it things: it knows nothing else of it.
-        var isBelievedAlive: Bool { status == "OK" }
 
         enum CodingKeys: String, CodingKey {
             case address = "mngt_ip"
             case status
         }
     }
-    let stores: [Store]
 
-    enum CodingKeys: String, CodingKey {
+    /// Stores that are taken from one answer.
+    package static let maximumStores = 1024
+
+    /// The addresses of those that the conductor believes alive: it knows nothing else of them.
+    package let alive: Set<String>
+
+    private enum CodingKeys: String, CodingKey {
         case stores = "store_nodes"
+    }
+
+    package init(from decoder: any Decoder) throws {
+        let stores = try decoder.container(keyedBy: CodingKeys.self).decode([Store].self, forKey: .stores)
+        let believed = stores.lazy.filter { $0.status == "OK" && StoreAddress($0.address) != nil }
+        alive = Set(believed.prefix(Self.maximumStores).map(\.address))
     }
 }
 

@@ -38,7 +38,11 @@ actor Conductor {
         looking = beliefs.map { beliefs in Task { await beliefs.run() } }
     }
 
-    deinit { looking?.cancel() }
+    /// Asks no store any more when it returns, but for requests that go on.
+    func stop() async {
+        looking?.cancel()
+        await looking?.value
+    }
 
     /// The body of an answer, whatever the question. Questions about one volume are answered one after the other.
     func answer(_ query: HTTPQuery) async -> String {

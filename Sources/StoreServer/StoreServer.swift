@@ -43,6 +43,7 @@ package final class StoreServer: Sendable {
     }
 
     private let node: StoreNode
+    private let conductor: Conductor
     private let listener: DataListener
     private let services: [HTTPService]
     private let group: MultiThreadedEventLoopGroup
@@ -67,6 +68,7 @@ package final class StoreServer: Sendable {
             let conductor = Conductor(
                 node: node, caller: StoreCaller(group: group, port: Int(settings.storePort)),
                 pools: pools, stores: settings.stores, faults: faults, logger: logger)
+            self.conductor = conductor
             try await listener.start()
             let control = FaultControl(faults: faults, node: node, conductor: conductor)
             var services: [HTTPService] = []
@@ -136,6 +138,7 @@ package final class StoreServer: Sendable {
         // First: nobody is to look for it here any more.
         await registration?.stop()
         for service in services { await service.stop() }
+        await conductor.stop()
         await listener.stop()
         await node.stop()
         // Fails only when it was shut down before.

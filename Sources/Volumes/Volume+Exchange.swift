@@ -87,16 +87,25 @@ extension Volume {
         guard let (state, since) = await loop.call({ [self] in (gate.state, gate.since) }) else { throw isStopping }
         if state != .suspended { try await suspend(timeout: Self.exchangeTimeout) }
         let end = monotonicNanoseconds() + Self.changeTimeout * 1_000_000_000
-        let late = BackendError(
-            code: ETIMEDOUT,
-            message:
-                "\(name): not done within the \(Self.changeTimeout) s for which its I/O is held back; it may still be"
-                + " done, and is not of one moment then: look for it, and delete it")
+        let name = name
+        let givenUp = { @Sendable (code: Int32, why: String) in
+            BackendError(
+                code: code,
+                message:
+                    "\(name): \(why); it may still be done, and is not of one moment then: look for it, and delete it")
+        }
         let result: Result<Value, BackendError>
         do throws(BackendError) {
             result = .success(
                 try await Aside.run(
-                    watch: { patience.reason ?? (monotonicNanoseconds() >= end ? late : nil) }, work))
+                    watch: {
+                        if let reason = patience.reason {
+                            return givenUp(reason.code, "something else was asked meanwhile")
+                        }
+                        guard monotonicNanoseconds() >= end else { return nil }
+                        return givenUp(
+                            ETIMEDOUT, "not done within the \(Self.changeTimeout) s for which its I/O is held back")
+                    }, work))
         } catch { result = .failure(error) }
         if state != .suspended {
             try await resume(state)

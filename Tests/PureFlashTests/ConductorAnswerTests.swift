@@ -90,6 +90,16 @@ import Testing
         }
     }
 
+    /// As a real conductor answered, and what no store is.
+    @Test func storesThatAreBelievedAlive() throws {
+        let answer = """
+            {"store_nodes":[{"id":1,"status":"OK","mngt_ip":"127.0.0.1"},{"id":2,"status":"OFFLINE","mngt_ip":"127.0.0.2"},
+            {"id":3,"status":"OK","mngt_ip":"a\\u001b[2J.example"}],"op":"list_store_reply","ret_code":0}
+            """
+        let stores = try ConductorStatus.decode(ListStoreAnswer.self, "list_store", Array(answer.utf8))
+        #expect(stores.alive == ["127.0.0.1"])
+    }
+
     /// As a real conductor answered.
     @Test(
         "what a conductor means by an invalid argument for a snapshot",
