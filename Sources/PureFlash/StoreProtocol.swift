@@ -231,10 +231,14 @@ package struct StoreStatus: RawRepresentable, Equatable, Sendable, CustomStringC
 
     /// The engine's own names, as in "NOT_PRIMARY, REOPEN".
     package var description: String {
-        var text = Self.names[code.rawValue] ?? "status 0x" + String(code.rawValue, radix: 16)
-        if isDegraded { text += ", DEGRADE" }
-        if asksToReopen { text += ", REOPEN" }
-        return text
+        var words: [String] = []
+        // Nothing was done then.
+        if code != .success || !asksToReopen {
+            words.append(Self.names[code.rawValue] ?? "status 0x" + String(code.rawValue, radix: 16))
+        }
+        if isDegraded { words.append("DEGRADE") }
+        if asksToReopen { words.append("REOPEN") }
+        return words.joined(separator: ", ")
     }
 }
 

@@ -370,7 +370,7 @@ STORES = {
     "unasked": (greeting(lambda hello: welcome(hello) + reply(0, 0) * 3), "nothing that was asked"),
     "longshake": (greeting(lambda hello: welcome(hello) + os.urandom(MiB)), "nothing that was asked"),
     "reopen": (
-        answering(lambda _, number, __, ___, sequence, ____: reply(number, sequence, REOPEN)), "answered SUCCESS, REOPEN",
+        answering(lambda _, number, __, ___, sequence, ____: reply(number, sequence, REOPEN)), "answered REOPEN",
     ),
     "stale": (
         answering(lambda _, number, __, ___, sequence, ____: reply(number, sequence, REOPEN | INVALID_STATE)),

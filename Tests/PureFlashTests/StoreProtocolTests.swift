@@ -139,7 +139,7 @@ private func decoded<Message>(_ bytes: [UInt8], _ decode: (UnsafeRawPointer) -> 
     }
 
     @Test(arguments: [
-        (0x0000, 0x00, false, false, "SUCCESS"), (0x4000, 0x00, false, true, "SUCCESS, REOPEN"),
+        (0x0000, 0x00, false, false, "SUCCESS"), (0x4000, 0x00, false, true, "REOPEN"),
         (0x4009, 0x09, false, true, "INVALID_STATE, REOPEN"), (0x2000, 0x00, true, false, "SUCCESS, DEGRADE"),
         (0x60c0, 0xc0, true, true, "NOT_PRIMARY, DEGRADE, REOPEN"), (0x00c2, 0xc2, false, false, "READONLY"),
         (0x1fff, 0x1fff, false, false, "status 0x1fff"),
