@@ -106,19 +106,18 @@ package final class ConductorClient: Sendable {
     }
 
     func createSnapshot(tenant: String, volume: String, snapshot: String) throws(BackendError) {
-        _ = try wait(
-            ask(
-                "create_snapshot",
-                [("tenant_name", tenant), ("volume_name", volume), ("snapshot_name", snapshot)],
-                isChange: true, of: ConductorStatus.self))
+        try changeSnapshot("create_snapshot", tenant, volume, snapshot)
     }
 
     func deleteSnapshot(tenant: String, volume: String, snapshot: String) throws(BackendError) {
-        _ = try wait(
-            ask(
-                "delete_snapshot",
-                [("tenant_name", tenant), ("volume_name", volume), ("snapshot_name", snapshot)],
-                isChange: true, of: ConductorStatus.self))
+        try changeSnapshot("delete_snapshot", tenant, volume, snapshot)
+    }
+
+    private func changeSnapshot(
+        _ operation: String, _ tenant: String, _ volume: String, _ snapshot: String
+    ) throws(BackendError) {
+        let names = [("tenant_name", tenant), ("volume_name", volume), ("snapshot_name", snapshot)]
+        _ = try wait(ask(operation, names, isChange: true, of: ConductorStatus.self))
     }
 
     /// - Parameter size: bytes, a multiple of a MiB, the unit of this one request.
@@ -131,7 +130,8 @@ package final class ConductorClient: Sendable {
 
     // MARK: Asking
 
-    private func wait<Answer: Sendable>(_ future: EventLoopFuture<Answer>) throws(BackendError) -> Answer {
+    /// Not on a thread of the client.
+    func wait<Answer: Sendable>(_ future: EventLoopFuture<Answer>) throws(BackendError) -> Answer {
         let result: Result<Answer, any Error>
         do { result = .success(try future.wait()) } catch { result = .failure(error) }
         return try Self.outcome(result).get()

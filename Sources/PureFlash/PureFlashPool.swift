@@ -187,11 +187,7 @@ package final class PureFlashPool: VolumePool {
     func requireStores(of volume: String) throws(BackendError) {
         guard watch.canLook else { return }
         let stores = Set(try open(volumeNamed: volume).shards.flatMap(\.addresses))
-        let result: Result<[String], any Error>
-        do { result = .success(try watch.silent(stores, on: ConductorClient.loop).wait()) } catch {
-            result = .failure(error)
-        }
-        let silent = try ConductorClient.outcome(result).get()
+        let silent = try conductor.wait(watch.silent(stores, on: ConductorClient.loop))
         guard silent.isEmpty else { throw unasked("changed", silent) }
     }
 

@@ -7,11 +7,10 @@ import Logging
 /// A volume of a PureFlash cluster, on a loop: each shard on the store that serves it, one connection to each store, or a
 /// few.
 ///
-/// What goes wrong with a connection, a store or the layout makes requests wait. A store that is lost and has the only
-/// replica of a shard is tried again. For everything else the conductor is asked to open the volume again, once for all
-/// requests that wait, and these are sent again where its answer says; but not while it may believe a store alive that
-/// nothing can replace (`StoreWatch`). That goes on until it works, or until a request is as old as it may be and fails
-/// with EIO.
+/// What goes wrong with a connection, a store or the layout makes requests wait. A lost store with the only replica of a
+/// shard is tried again. For everything else the conductor is asked to open the volume again, once for all requests that
+/// wait, and they are sent again to where its answer says. It is not asked while it may believe such a store alive
+/// (`StoreWatch`). Requests are tried again until they succeed, or until `ioTimeout`, when they fail with EIO.
 final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
     /// Nanoseconds between two looks at the oldest request.
     private static let watch: UInt64 = 250_000_000
@@ -178,7 +177,7 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
         guard let connection = connection(of: Int(request.pointee.shard)) else {
             stranded.append(request)
             needsLayout = true
-            if !isReopening, pause?.isArmed == false { scheduleRetry() }
+            if !isReopening { scheduleRetry() }
             return
         }
         connection.enqueue(request)
@@ -269,7 +268,7 @@ final class PureFlashVolume: Backend, TurnObserver, @unchecked Sendable {
         request.pointee.sequence &+= 1
         stranded.append(request)
         report("the store \(connection.name) takes no writes now (\(status))")
-        if !isReopening, pause?.isArmed == false { scheduleRetry() }
+        if !isReopening { scheduleRetry() }
     }
 
     /// Time or another store will help, or opening the volume again, which may name one.

@@ -6,10 +6,10 @@ import Synchronization
 
 /// Knows which stores of a cluster can be told to prepare a volume. From any thread.
 ///
-/// A conductor that is asked to open a volume, or to make a snapshot, tells the stores that it believes alive; where one
-/// does not take it, its replicas are written off, and stay so when the store is back. It goes on believing in a store that
-/// has died until a ZooKeeper session has ended (seen: 4 to 6 s). So it is asked only when the stores answer where it
-/// would tell them, or when they have been silent for longer than that.
+/// A conductor that opens a volume, or makes a snapshot, tells every store that it believes alive. When a store cannot be
+/// told, the conductor marks its replicas as failed, and they stay failed when the store is back. It believes a dead store
+/// alive until the store's ZooKeeper session has ended (seen: 4 to 6 s). So a conductor is asked only when the stores answer
+/// on the port where it would tell them, or when they have been silent for longer than a session.
 final class StoreWatch: Sendable {
     /// Nanoseconds that a store has for an answer that costs it nothing.
     private static let patience: UInt64 = 1_000_000_000
@@ -71,7 +71,7 @@ final class StoreWatch: Sendable {
         }
     }
 
-    /// Whether it answers, whatever it says. Those who ask at the same time share an answer.
+    /// Whether the store answers an HTTP request, with any status. Callers at the same time share one request.
     private func look(at address: String, on loop: any NIOCore.EventLoop) -> EventLoopFuture<Bool> {
         guard let port else { return loop.makeSucceededFuture(true) }
         let promise = loop.makePromise(of: HTTPExchange.Answer.self)

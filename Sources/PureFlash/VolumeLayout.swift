@@ -225,7 +225,7 @@ struct ListVolumeAnswer: Decodable {
 /// `list_store_reply`.
 package struct ListStoreAnswer: Decodable, Sendable {
     private struct Store: Decodable {
-        /// Where it is told things.
+        /// Its IP address, where the conductor reaches its HTTP port.
         let address: String
         let status: String
 

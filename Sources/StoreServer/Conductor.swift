@@ -8,7 +8,7 @@ import PureFlash
 /// Answers what PureFlash's conductor is asked, for the pools of one configuration. Its own pools are the catalogue;
 /// the data of a shard is at the store that serves it. What waits for a disk runs aside.
 actor Conductor {
-    let node: StoreNode
+    private let node: StoreNode
     private let caller: StoreCaller
     /// By name; a tenant's id is its place in the order of names, from 1.
     private let pools: [String: StorePool]
@@ -117,7 +117,7 @@ actor Conductor {
         return value
     }
 
-    func aside<Value: Sendable>(
+    private func aside<Value: Sendable>(
         _ work: @escaping @Sendable () throws(BackendError) -> Value
     ) async throws(RefusedRequest) -> Value {
         do throws(BackendError) { return try await Aside.run(work) } catch { throw RefusedRequest(error) }
@@ -160,7 +160,7 @@ actor Conductor {
             })
     }
 
-    enum Outcome: Sendable {
+    private enum Outcome: Sendable {
         case done
         case refused(RefusedRequest)
         case unreachable(StoreCaller.Unreachable)
@@ -188,7 +188,7 @@ actor Conductor {
         }
     }
 
-    func send(_ order: VolumeOrder, toEach stores: [String]) async -> [String: Outcome] {
+    private func send(_ order: VolumeOrder, toEach stores: [String]) async -> [String: Outcome] {
         await withTaskGroup(of: (String, Outcome).self) { group in
             for store in Set(stores) { group.addTask { (store, await self.send(order, to: store)) } }
             var outcomes: [String: Outcome] = [:]

@@ -2,8 +2,9 @@ import EventLoop
 import Glibc
 import Logging
 
-/// What a conductor of a PureFlash cluster believes of its stores, for fault switches: it goes on believing in one that has
-/// died for as long as a ZooKeeper session lasts, and ends, by a fault of its own, when one comes back.
+/// For the fault switches `belief` and `exit_on_return`: which stores the conductor takes for alive. As a PureFlash
+/// conductor does, it takes a dead store for alive until a ZooKeeper session would have ended, and its process ends when a
+/// store comes back.
 actor StoreBeliefs {
     private static let pause: UInt64 = 100_000_000
 

@@ -53,8 +53,7 @@ extension Volume {
     private func exchangeHeld(
         _ prepared: any PreparedChange, _ old: any OpenVolume, on blocking: BlockingThread
     ) async throws(BackendError) {
-        guard let (state, since) = await loop.call({ [self] in (gate.state, gate.since) }) else { throw isStopping }
-        if state != .suspended { try await suspend(timeout: Self.exchangeTimeout) }
+        let before = try await holdBack()
         _ = await loop.call { [self] in store?.close() }
         var failure: BackendError?
         var new: (any OpenVolume)?
@@ -68,11 +67,22 @@ extension Volume {
             currentlyOpened.withLock { $0 = next }
             await BlockingThread.always(on: blocking) { old.close() }
         }
-        if state != .suspended {
-            try await resume(state)
-            _ = await loop.call { [self] in gate.since = since }
-        }
+        try await letGo(before)
         if let error = failure ?? notStarted ?? nil { throw error }
+    }
+
+    /// Suspends the volume's I/O, unless it is already.
+    /// - Returns: how the gate was, for `letGo`.
+    private func holdBack() async throws(BackendError) -> (state: GateState, since: Int64) {
+        guard let before = await loop.call({ [self] in (gate.state, gate.since) }) else { throw isStopping }
+        if before.0 != .suspended { try await suspend(timeout: Self.exchangeTimeout) }
+        return before
+    }
+
+    private func letGo(_ before: (state: GateState, since: Int64)) async throws(BackendError) {
+        guard before.state != .suspended else { return }
+        try await resume(before.state)
+        _ = await loop.call { [self] in gate.since = before.since }
     }
 
     /// Holds all I/O back while something is done elsewhere that is to see one moment of the volume: what was answered
@@ -84,8 +94,7 @@ extension Volume {
         let patience = Patience()
         exchanging.withLock { $0 = patience }
         defer { exchanging.withLock { $0 = nil } }
-        guard let (state, since) = await loop.call({ [self] in (gate.state, gate.since) }) else { throw isStopping }
-        if state != .suspended { try await suspend(timeout: Self.exchangeTimeout) }
+        let before = try await holdBack()
         let end = monotonicNanoseconds() + Self.changeTimeout * 1_000_000_000
         let name = name
         let givenUp = { @Sendable (code: Int32, why: String) in
@@ -107,10 +116,7 @@ extension Volume {
                             ETIMEDOUT, "not done within the \(Self.changeTimeout) s for which its I/O is held back")
                     }, work))
         } catch { result = .failure(error) }
-        if state != .suspended {
-            try await resume(state)
-            _ = await loop.call { [self] in gate.since = since }
-        }
+        try await letGo(before)
         return try result.get()
     }
 
